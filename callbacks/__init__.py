@@ -1,0 +1,1 @@
+"""When things happen during training: schedules and logging, never the maths."""

@@ -1,0 +1,1 @@
+"""Shipped configurations; `grit fit --config NAME` finds them by name."""

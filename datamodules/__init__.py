@@ -1,0 +1,1 @@
+"""One task a file over one shared base."""
