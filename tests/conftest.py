@@ -1,0 +1,142 @@
+"""Shared fixtures: a seeded tiny Llama, a byte-level tokenizer whose ids fit it, and random batches with padding."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it has to come before every other import
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 320  # 4 special tokens and 256 bytes, rounded up
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lists the warnings that are let through although warnings are errors, each with its reason."""
+    # PEFT asks the model for a property that transformers 5.2x renamed; nothing that a caller of PEFT could change.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def _tiny_llama(**overrides: Any) -> LlamaForCausalLM:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).float()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=128,
+    )
+
+
+@pytest.fixture
+def make_tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """A factory: every call gives a fresh float32 Llama with the same weights; keywords override its LlamaConfig."""
+    return _tiny_llama
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """One tiny Llama: 2 layers, hidden 32, intermediate 64, 4 heads, 2 key/value heads, 320 tokens, context 128."""
+    return _tiny_llama()
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, so that any text tokenises and decodes back; pad, bos, eos, unk are ids 0 to 3."""
+    return _byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the tiny Llama and its tokenizer as `save_pretrained` writes them. Read it, do not write."""
+    folder = tmp_path_factory.mktemp("tiny_backbone")
+    _tiny_llama().save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lora_config() -> Callable[..., LoraConfig]:
+    """A factory of a LoRA on q_proj and v_proj, rank 4, alpha 8, no dropout; keywords override."""
+
+    def make(**overrides: Any) -> LoraConfig:
+        settings: dict[str, Any] = {
+            "r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+        }
+        return LoraConfig(**(settings | overrides))
+
+    return make
+
+
+@pytest.fixture
+def random_batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """A factory of batches: input_ids, attention_mask and labels, each [batch, length] and long.
+
+    `pad` is the number of padding tokens at the end of every row, or one number a row; padding has id 0, attention 0
+    and label -100. `prompt` tokens at the start of every row are attended to but not learnt.
+    """
+
+    def make(
+        batch: int = 2,
+        length: int = 16,
+        vocab: int = VOCAB_SIZE,
+        pad: int | list[int] = 0,
+        prompt: int = 0,
+        seed: int = 0,
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(len(SPECIAL_TOKENS), vocab, (batch, length), generator=generator)
+        padding = torch.tensor([pad] * batch if isinstance(pad, int) else pad)
+        position = torch.arange(length)
+        real = position[None, :] < length - padding[:, None]
+        learnt = real & (position[None, :] >= prompt)
+        return {
+            "input_ids": input_ids.masked_fill(~real, 0),
+            "attention_mask": real.long(),
+            "labels": input_ids.masked_fill(~learnt, -100),
+        }
+
+    return make
