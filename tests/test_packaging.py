@@ -1,0 +1,97 @@
+"""The wheel: one top-level name, everything inside it that a run needs, and nothing taken from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "grit_lightning", "callbacks", "datamodules", "configs")
+
+# Imports every module of the installed package, then reports where each came from.
+IMPORT_EVERYTHING = """
+import importlib, json, pkgutil, sys
+import grit_lightning
+for module in pkgutil.walk_packages(grit_lightning.__path__, "grit_lightning."):
+    importlib.import_module(module.name)
+print(json.dumps({name: getattr(module, "__file__", None) for name, module in sys.modules.items()}))
+"""
+
+
+def _run(*command: str, **kwargs: object) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)  # type: ignore[call-overload]
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return str(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Builds the wheel from a copy of the sources, so that no build folder of the checkout can leak into it."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(source))
+    (built,) = dist.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def target(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Installs the wheel into an otherwise empty folder."""
+    folder = tmp_path_factory.mktemp("target")
+    options = ("--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check")
+    _run(sys.executable, "-m", "pip", "install", *options, "--target", str(folder), str(wheel))
+    return folder
+
+
+def test_the_only_top_level_name_is_grit_lightning(target: Path) -> None:
+    names = {path.name for path in target.iterdir() if not path.name.endswith(".dist-info") and path.name != "bin"}
+    assert names == {"grit_lightning"}
+
+
+def test_the_wheel_holds_every_python_file_template_and_config(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+    # glob follows the three symlinks one at a time, so this is the tree as an importer sees it
+    folders = (ROOT / "grit_lightning", *(ROOT / "grit_lightning" / name for name in ("callbacks", "datamodules", "configs")))
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in {".py", ".yaml", ".typed", ".txt", ".json"} or path.name == "py.typed"
+    }
+    assert len([name for name in expected if name.endswith(".yaml")]) >= 7
+    assert inside == expected
+
+
+def test_the_wheel_names_its_licence_and_its_program(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name.rpartition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+        assert "licenses/LICENSE" in files
+        assert "grit = grit_lightning.cli:main" in archive.read(files["entry_points.txt"]).decode()
+
+
+def test_importing_the_installed_package_touches_nothing_outside_it(target: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    loaded = json.loads(_run(sys.executable, "-c", IMPORT_EVERYTHING, cwd=tmp_path, env=environment).splitlines()[-1])
+    ours = {name: file for name, file in loaded.items() if name.partition(".")[0] == "grit_lightning"}
+    assert {"grit_lightning.callbacks", "grit_lightning.datamodules", "grit_lightning.cli"} <= set(ours)
+    assert all(file.startswith(str(target)) for file in ours.values())
+    assert not [file for file in loaded.values() if file and Path(file).is_relative_to(ROOT)]
+
+
+def test_the_checkout_imports_through_one_root_only() -> None:
+    for name in ("callbacks", "datamodules", "configs"):
+        link = ROOT / "grit_lightning" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
