@@ -19,6 +19,10 @@ import torch
 _PENDING_BEFORE_RESOLVING = 2048  # spans; bounds the number of live CUDA events when nobody reads the stopwatch
 
 
+def _cuda_is_up() -> bool:
+    return torch.cuda.is_initialized()  # type: ignore[no-untyped-call, no-any-return]
+
+
 def _new_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
@@ -119,11 +123,8 @@ class Stopwatch:
             self._resolve(wait=False)
 
     def _now(self) -> float | torch.cuda.Event:
-        if self.device is None:
-            on_cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-        else:
-            on_cuda = self.device.type == "cuda"
-        if not on_cuda:
+        kind = self.device.type if self.device else "cuda" if _cuda_is_up() else "cpu"
+        if kind != "cuda":
             return time.perf_counter()
         event = self._spare_events.pop() if self._spare_events else _new_event()
         event.record()
