@@ -1,0 +1,471 @@
+"""Reprojection: rotate (and cut) the rank space of an adapter along its covariances.
+
+Notation: ΔW = s·B A with A ``[r, d_in]``, B ``[d_out, r]``; Σ_a = E[a aᵀ], Σ_g = E[g gᵀ] ``[L, r, r]`` with a = A x and
+g = s·Bᵀδ; D_k = diag(1 for the first k coordinates, 0 after); U the eigenvectors of a factor, eigenvalues descending;
+γ the blend. A reprojection is a pair of linear maps of the rank space, A ← a_map A and B ← B b_map, so that
+ΔW → s·B M A with M = b_map a_map.
+
+Each map is the paper's projection followed by the rotation into the kept eigenbasis. The rotation cancels in M, and
+after it 'rank k' always means 'the first k coordinates'.
+
+Predicted cost: the output changes by −s·B E a per token with E = I − M, the loss to second order by ½ E[(gᵀE a)²],
+which under F ≈ Σ_g ⊗ Σ_a is ½ tr(Eᵀ Σ_g E Σ_a) = ½‖Σ_g^½ E Σ_a^½‖²_F.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grit_lightning.functional._common import check_fraction, check_rank, check_spectrum, check_square, working
+from grit_lightning.functional.covariance import symmetrize
+
+BALANCING_FLOOR = 1e-6
+"""Smallest eigenvalue, relative to the largest, that the balancing transform takes at its word: just above the rounding
+noise of a float32 covariance. It bounds the transform's condition number by 1e3."""
+
+
+class ReprojectionMaps(NamedTuple):
+    """The two linear maps of a reprojection: A ← a_map A, B ← B b_map."""
+
+    a_map: Tensor
+    """``[L, r, r]``, acts on A from the left."""
+    b_map: Tensor
+    """``[L, r, r]``, acts on B from the right."""
+
+
+def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices, largest first.
+
+    The sign of an eigenvector is arbitrary; here its largest entry is positive, so that the basis of a matrix that is
+    already diagonal is the identity and a second reprojection has nothing to do.
+
+    Source: paper § 'neural reprojection'; the sign rule is beyond the paper.
+
+    Args:
+        cov: Symmetric, finite, ``[L, r, r]``.
+
+    Returns:
+        Eigenvalues clamped at zero, descending ``[L, r]``, and eigenvectors as columns ``[L, r, r]``.
+
+    Raises:
+        ValueError: ``cov`` is not a stack of square matrices.
+
+    Example:
+        >>> values, vectors = eigenbasis(torch.diag(torch.tensor([1.0, 3.0]))[None])
+        >>> values[0], vectors[0]
+        (tensor([3., 1.]), tensor([[0., 1.],
+                [1., 0.]]))
+    """
+    check_square("cov", cov)
+    values, vectors = torch.linalg.eigh(symmetrize(working(cov)))
+    return values.flip(-1).clamp(min=0.0), _fix_signs(vectors.flip(-1))
+
+
+def rank_mask(k: int | Tensor, r: int) -> Tensor:
+    """Mark the first k of r coordinates.
+
+    Source: paper § 'dynamic rank'.
+
+    Args:
+        k: Ranks, int64 ``[L]`` (or one int for a single layer).
+        r: The adapter's rank.
+
+    Returns:
+        True for kept coordinates, bool ``[L, r]``.
+
+    Raises:
+        ValueError: A rank lies outside [0, r].
+
+    Example:
+        >>> rank_mask(torch.tensor([1, 2]), 3)
+        tensor([[ True, False, False],
+                [ True,  True, False]])
+    """
+    check_rank("k", k, r)
+    ranks = torch.as_tensor(k).reshape(-1, 1)
+    return torch.arange(r, device=ranks.device) < ranks
+
+
+def projector(vectors: Tensor, k: int | Tensor) -> Tensor:
+    """Orthogonal projector on the first k columns: P = U D_k Uᵀ.
+
+    Source: paper § 'neural reprojection'.
+
+    Args:
+        vectors: Orthonormal columns ``[L, r, r]``.
+        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+
+    Returns:
+        Projectors ``[L, r, r]``.
+
+    Raises:
+        ValueError: A rank lies outside [0, r].
+
+    Example:
+        >>> projector(torch.eye(2)[None], 1)[0]
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    return (vectors * _kept(k, vectors).unsqueeze(-2)) @ vectors.mT
+
+
+def one_sided_maps(
+    a_cov: Tensor, k: int | Tensor, blend: float = 1.0, *, keep_dropped: bool = False
+) -> ReprojectionMaps:
+    """The paper's one-sided reprojection: both factors are projected on the top eigenvectors of Σ_a.
+
+    a_map = ((1−γ)I + γD_k) Uᵀ, b_map = U ((1−γ)I + γD_k), hence M = ((1−γ)I + γP_A)². With ``keep_dropped`` only B is
+    projected, a_map = Uᵀ and M = (1−γ)I + γP_A: at γ = 1 the same ΔW, but the rows of A beyond k stay to be measured.
+
+    Source: paper § 'neural reprojection' (Q-GRIT_uni).
+
+    Args:
+        a_cov: Σ_a ``[L, r, r]``.
+        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        blend: γ in [0, 1]; 1 is a full projection.
+        keep_dropped: Rotate A without projecting it.
+
+    Returns:
+        The maps.
+
+    Raises:
+        ValueError: A rank lies outside [0, r] or γ outside [0, 1].
+
+    Example:
+        >>> one_sided_maps(torch.diag(torch.tensor([1.0, 3.0]))[None], 1).a_map[0]
+        tensor([[0., 1.],
+                [0., 0.]])
+    """
+    _, u = eigenbasis(a_cov)
+    d = _blended(k, u, blend)
+    return ReprojectionMaps(u.mT if keep_dropped else d.unsqueeze(-1) * u.mT, u * d.unsqueeze(-2))
+
+
+def two_sided_maps(
+    a_cov: Tensor,
+    g_cov: Tensor,
+    k: int | Tensor,
+    blend: float = 1.0,
+    use_g: Tensor | None = None,
+    *,
+    keep_dropped: bool = False,
+) -> ReprojectionMaps:
+    """The paper's two-sided reprojection: A on the top eigenvectors of Σ_a, B on those of Σ_g.
+
+    a_map = ((1−γ)I + γD_k) U_Aᵀ, b_map = ((1−γ)I + γP_G) U_A, hence M = ((1−γ)I + γP_G)((1−γ)I + γP_A). At γ = 1 the
+    columns of B beyond k meet rows of A that are zero; they are zeroed too, so that the adapter has rank k.
+
+    Source: paper § 'neural reprojection' (Q-GRIT).
+
+    Args:
+        a_cov: Σ_a ``[L, r, r]``.
+        g_cov: Σ_g ``[L, r, r]``.
+        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        blend: γ in [0, 1]; 1 is a full projection.
+        use_g: False where Σ_g has too few samples and P_A stands in for P_G, bool ``[L]``; None trusts every layer.
+        keep_dropped: As in ``one_sided_maps``; at γ = 1 the same ΔW.
+
+    Returns:
+        The maps.
+
+    Raises:
+        ValueError: The shapes differ, a rank lies outside [0, r] or γ outside [0, 1].
+
+    Example:
+        >>> cov = torch.diag(torch.tensor([3.0, 1.0]))[None]
+        >>> two_sided_maps(cov, cov, 1).b_map[0]
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    _check_pair(a_cov, g_cov)
+    one_sided = one_sided_maps(a_cov, k, blend, keep_dropped=keep_dropped)
+    _, u_a = eigenbasis(a_cov)
+    _, u_g = eigenbasis(g_cov)
+    b_map = (1.0 - blend) * u_a + blend * (projector(u_g, k) @ u_a)
+    if blend == 1.0:
+        b_map = b_map * _kept(k, b_map).unsqueeze(-2)
+    if use_g is not None:
+        b_map = torch.where(use_g.reshape(-1, 1, 1), b_map, one_sided.b_map)
+    return ReprojectionMaps(one_sided.a_map, b_map)
+
+
+def balancing_transform(
+    a_cov: Tensor, g_cov: Tensor, floor: float = BALANCING_FLOOR, preserve_volume: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The change of gauge in which both factors are the same diagonal: T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ = diag(σ).
+
+    Σ_a = L Lᵀ, Lᵀ Σ_g L = V S² Vᵀ, T = S^½ Vᵀ L⁻¹ (balanced truncation). σ are the singular values of Σ_g^½ Σ_a^½;
+    they do not depend on the gauge, unlike the eigenvalues of either factor.
+
+    For T alone the eigenvalues of each factor are lifted to ``floor`` times the largest, and a factor that is zero
+    (Σ_g at B = 0) stands as its partner's mean eigenvalue times the identity. So T is finite, its condition number is
+    at most floor^−½, and T T⁻¹ = I whatever the factors are; σ is that of the factors as they came. Runs in float64.
+
+    Source: beyond the paper.
+
+    Args:
+        a_cov: Σ_a ``[L, r, r]``.
+        g_cov: Σ_g ``[L, r, r]``.
+        floor: Relative floor on the eigenvalues that build T, in (0, 1].
+        preserve_volume: Divide T by |det T|^(1/r). Early in training Σ_g is far smaller than Σ_a, and T shrinks A and
+            grows B by the fourth root of their ratio, which an optimizer with a fixed step length feels; this keeps
+            the mean scale of both. The factors then become c²·diag(σ) and diag(σ)/c².
+
+    Returns:
+        T ``[L, r, r]``, T⁻¹ ``[L, r, r]`` and σ descending ``[L, r]``, in the dtype of the factors (float32 or better).
+
+    Raises:
+        ValueError: The shapes differ or ``floor`` lies outside (0, 1].
+
+    Example:
+        >>> t, t_inverse, sigma = balancing_transform(torch.diag(torch.tensor([4.0, 1.0]))[None], torch.eye(2)[None])
+        >>> sigma[0]
+        tensor([2., 1.])
+    """
+    _check_pair(a_cov, g_cov)
+    check_fraction("floor", floor, open_left=True)
+    dtype = torch.promote_types(working(a_cov).dtype, working(g_cov).dtype)
+    a_values, a_vectors = eigenbasis(a_cov.double())
+    g_values, g_vectors = eigenbasis(g_cov.double())
+    # Square roots L (Σ = L Lᵀ), as they came and lifted.
+    sigma = torch.linalg.svdvals(
+        (g_vectors * g_values.sqrt().unsqueeze(-2)).mT @ (a_vectors * a_values.sqrt().unsqueeze(-2))
+    )
+    a_root = _lift(a_values, g_values, floor).sqrt().unsqueeze(-2)
+    g_root = _lift(g_values, a_values, floor).sqrt().unsqueeze(-2)
+    a_factor = a_vectors * a_root
+    _, s, v_t = torch.linalg.svd((g_vectors * g_root).mT @ a_factor)
+    v = _fix_signs(v_t.mT)
+    scale = s.sqrt()
+    if preserve_volume:
+        scale = scale / (scale.log() - a_root.squeeze(-2).log()).mean(dim=-1, keepdim=True).exp()
+    t = scale.unsqueeze(-1) * (v.mT @ (a_vectors / a_root).mT)
+    t_inverse = (a_factor @ v) / scale.unsqueeze(-2)
+    return t.to(dtype), t_inverse.to(dtype), sigma.to(dtype)
+
+
+def balanced_maps(
+    a_cov: Tensor, g_cov: Tensor, k: int | Tensor, blend: float = 1.0, preserve_volume: bool = False
+) -> ReprojectionMaps:
+    """Balanced truncation: a_map = T, b_map = T⁻¹((1−γ)I + γD_k), the cheapest rank-k cut under F.
+
+    Only the columns of B beyond k are cut; the rows of A stay, so a dropped direction contributes nothing yet still
+    receives gradient and can come back.
+
+    Source: beyond the paper.
+
+    Args:
+        a_cov: Σ_a ``[L, r, r]``.
+        g_cov: Σ_g ``[L, r, r]``.
+        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        blend: γ in [0, 1]; 1 drops the directions beyond k.
+        preserve_volume: Keep the mean scale of A and B; see ``balancing_transform``.
+
+    Returns:
+        The maps.
+
+    Raises:
+        ValueError: The shapes differ, a rank lies outside [0, r] or γ outside [0, 1].
+
+    Example:
+        >>> maps = balanced_maps(torch.eye(2)[None], torch.diag(torch.tensor([16.0, 1.0]))[None], 2)
+        >>> maps.a_map[0], maps.b_map[0]
+        (tensor([[2., 0.],
+                [0., 1.]]), tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]]))
+    """
+    t, t_inverse, _ = balancing_transform(a_cov, g_cov, preserve_volume=preserve_volume)
+    return ReprojectionMaps(t, t_inverse * _blended(k, t, blend).unsqueeze(-2))
+
+
+def truncation_cost(sigma: Tensor, k: int | Tensor) -> Tensor:
+    """Predicted loss increase of a balanced cut at rank k: ½ Σ_{i>k} σ_i², the least that any rank-k choice can cost.
+
+    Source: beyond the paper.
+
+    Args:
+        sigma: Balanced spectrum, descending ``[L, r]``.
+        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+
+    Returns:
+        The cost in units of the loss (summed over nothing: per token), ``[L]``.
+
+    Raises:
+        ValueError: A rank lies outside [0, r].
+
+    Example:
+        >>> truncation_cost(torch.tensor([[3.0, 2.0, 1.0]]), 1)
+        tensor([2.5000])
+    """
+    check_spectrum("sigma", sigma)
+    return 0.5 * working(sigma).square().masked_fill(_kept(k, sigma), 0.0).sum(dim=-1)
+
+
+def projection_cost(a_cov: Tensor, g_cov: Tensor, m: Tensor) -> Tensor:
+    """Predicted loss increase of ΔW = B A → B M A: ½ tr(Eᵀ Σ_g E Σ_a) with E = I − M.
+
+    The output moves by −s·B E a, so with g = s·Bᵀδ the loss moves by −gᵀE a to first order. Its square averages to
+    E[gᵀE a aᵀEᵀg] = tr(Eᵀ Σ_g E Σ_a) when g gᵀ and a aᵀ are uncorrelated (K-FAC), and ½ of that is the Fisher
+    estimate of the second-order term; the mean first-order term vanishes at a stationary point and is left out.
+
+    Source: beyond the paper.
+
+    Args:
+        a_cov: Σ_a ``[L, r, r]``.
+        g_cov: Σ_g ``[L, r, r]``.
+        m: The map of the rank space, ``b_map @ a_map``, ``[L, r, r]``.
+
+    Returns:
+        The cost in units of the loss, per token, ``[L]``.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Example:
+        >>> projection_cost(torch.eye(2)[None], torch.eye(2)[None], torch.zeros(1, 2, 2))
+        tensor([1.])
+    """
+    _check_pair(a_cov, g_cov)
+    a_cov, g_cov, m = working(a_cov), working(g_cov), working(m)
+    e = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device) - m
+    return 0.5 * ((g_cov @ e) * (e @ a_cov)).sum(dim=(-2, -1))
+
+
+def carry_covariances(a_cov: Tensor, g_cov: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
+    """Covariances after a reprojection: Σ_a ← a_map Σ_a a_mapᵀ, Σ_g ← b_mapᵀ Σ_g b_map, as a' = a_map a, g' = b_mapᵀ g.
+
+    Exact for the same x and δ. Linear, hence right for Gram sums as well as for averages.
+
+    Source: beyond the paper.
+
+    Args:
+        a_cov: Σ_a (or its Gram sum) ``[L, r, r]``.
+        g_cov: Σ_g (or its Gram sum) ``[L, r, r]``.
+        maps: The reprojection.
+
+    Returns:
+        Symmetric (Σ_a, Σ_g) of the new factors.
+
+    Example:
+        >>> maps = ReprojectionMaps(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 0.5))
+        >>> [cov.item() for cov in carry_covariances(torch.ones(1, 1, 1), torch.ones(1, 1, 1), maps)]
+        [4.0, 0.25]
+    """
+    a_map, b_map = maps
+    return symmetrize(a_map @ a_cov @ a_map.mT), symmetrize(b_map.mT @ g_cov @ b_map)
+
+
+class GradientMaps(NamedTuple):
+    """How gradients follow a reprojection: ∇A ← left ∇A, ∇B ← ∇B right."""
+
+    left: Tensor
+    """b_mapᵀ ``[L, r, r]``."""
+    right: Tensor
+    """a_mapᵀ ``[L, r, r]``."""
+
+
+def gradient_maps(maps: ReprojectionMaps) -> GradientMaps:
+    """The maps of the gradients that belong to maps of the factors: ∇A ← b_mapᵀ ∇A, ∇B ← ∇B a_mapᵀ.
+
+    For the same x and δ, ∇A' = (s·B'ᵀδ)xᵀ = b_mapᵀ ∇A and ∇B' = s·δ(A'x)ᵀ = ∇B a_mapᵀ.
+
+    Source: beyond the paper.
+
+    Example:
+        >>> maps = ReprojectionMaps(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 0.5))
+        >>> [m.item() for m in gradient_maps(maps)]
+        [0.5, 2.0]
+    """
+    return GradientMaps(maps.b_map.mT, maps.a_map.mT)
+
+
+def carry_first_moment(m_a: Tensor, m_b: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
+    """The optimizer's averaged gradients after a reprojection: m_A ← b_mapᵀ m_A, m_B ← m_B a_mapᵀ.
+
+    For the same x and δ the gradients at the new factors are ∇A' = (s·B'ᵀδ)xᵀ = b_mapᵀ ∇A and ∇B' = s·δ(A'x)ᵀ = ∇B
+    a_mapᵀ; an average of gradients follows the same linear map.
+
+    Source: beyond the paper.
+
+    Args:
+        m_a: First moment of A ``[L, r, d_in]``.
+        m_b: First moment of B ``[L, d_out, r]``.
+        maps: The reprojection.
+
+    Returns:
+        The carried (m_A, m_B), each in its own dtype.
+
+    Example:
+        >>> maps = ReprojectionMaps(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 0.5))
+        >>> [m.item() for m in carry_first_moment(torch.ones(1, 1, 1), torch.ones(1, 1, 1), maps)]
+        [0.5, 2.0]
+    """
+    left, right = gradient_maps(maps)
+    carried_a = left @ m_a.to(left.dtype)
+    carried_b = m_b.to(right.dtype) @ right
+    return carried_a.to(m_a.dtype), carried_b.to(m_b.dtype)
+
+
+def carry_second_moment(v_a: Tensor, v_b: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
+    """Adam's averaged squared gradients after a reprojection, by the elementwise-squared maps of the first moment.
+
+    An approximation: E[(Σ_j m_ij ∇_j)²] = Σ_j m_ij² E[∇_j²] + cross terms, and the cross terms E[∇_j ∇_l] are not
+    known to an optimizer that keeps only the diagonal; they are taken as zero. Exact for permutations and rescalings
+    of the coordinates.
+
+    Source: beyond the paper.
+
+    Args:
+        v_a: Second moment of A ``[L, r, d_in]``.
+        v_b: Second moment of B ``[L, d_out, r]``.
+        maps: The reprojection.
+
+    Returns:
+        The carried (v_A, v_B), nonnegative, each in its own dtype.
+
+    Example:
+        >>> maps = ReprojectionMaps(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 0.5))
+        >>> [v.item() for v in carry_second_moment(torch.ones(1, 1, 1), torch.ones(1, 1, 1), maps)]
+        [0.25, 4.0]
+    """
+    return carry_first_moment(v_a, v_b, ReprojectionMaps(maps.a_map.square(), maps.b_map.square()))
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Flip columns so that the largest entry of each is positive."""
+    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
+
+
+def _kept(k: int | Tensor, like: Tensor) -> Tensor:
+    """Coordinates to keep, bool ``[L, r]``, from ranks or from such a mask, on the device of ``like`` ``[L, …, r]``."""
+    layers, r = like.shape[0], like.shape[-1]
+    if isinstance(k, Tensor) and k.dtype == torch.bool:
+        if k.shape != (layers, r):
+            raise ValueError(f"k: expected a mask of kept coordinates {(layers, r)}, came {tuple(k.shape)}")
+        return k.to(like.device)
+    if isinstance(k, Tensor) and k.shape not in ((), (layers,)):
+        raise ValueError(f"k: expected one rank a layer {(layers,)}, came {tuple(k.shape)}")
+    return rank_mask(k, r).to(like.device).expand(layers, r)
+
+
+def _blended(k: int | Tensor, like: Tensor, blend: float) -> Tensor:
+    """The diagonal of (1−γ)I + γD_k, ``[L, r]``."""
+    check_fraction("blend", blend)
+    return (1.0 - blend) + blend * _kept(k, like).to(like.dtype)
+
+
+def _lift(values: Tensor, partner: Tensor, floor: float) -> Tensor:
+    """Eigenvalues lifted to ``floor`` times the largest; a zero spectrum becomes its partner's mean, or one."""
+    mean = partner.mean(dim=-1, keepdim=True)
+    neutral = torch.where(mean > 0, mean, 1.0)
+    largest = values.amax(dim=-1, keepdim=True)
+    return torch.where(largest > 0, torch.maximum(values, floor * largest), neutral)
+
+
+def _check_pair(a_cov: Tensor, g_cov: Tensor) -> None:
+    """Raise ValueError unless both factors are square stacks of one shape."""
+    check_square("a_cov", a_cov)
+    if g_cov.shape != a_cov.shape:
+        raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, came {tuple(g_cov.shape)}")
