@@ -1,5 +1,12 @@
 """Pure tensor maths of the method: no Lightning, no PEFT, no input or output."""
 
+from grit_lightning.functional.carry import (
+    GradientMaps,
+    carry_covariances,
+    carry_first_moment,
+    carry_second_moment,
+    gradient_maps,
+)
 from grit_lightning.functional.covariance import accumulate, covariance, finite_layers, masked_gram, symmetrize
 from grit_lightning.functional.preconditioning import (
     DampedInverse,
@@ -26,15 +33,10 @@ from grit_lightning.functional.rank import (
     subspace_mixing_mask,
 )
 from grit_lightning.functional.reprojection import (
-    GradientMaps,
     ReprojectionMaps,
     balanced_maps,
     balancing_transform,
-    carry_covariances,
-    carry_first_moment,
-    carry_second_moment,
     eigenbasis,
-    gradient_maps,
     one_sided_maps,
     projection_cost,
     projector,
