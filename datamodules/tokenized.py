@@ -1,0 +1,112 @@
+"""A table of rows to a table of token ids, with every row accounted for.
+
+Each row leaves with a status, so nothing is counted on the side: the mapping is a pure function of the table and the
+settings, and its result can be stored and read back with the counts still in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+
+from grit_lightning.datamodules.encoding import EncodedRow, PromptEncoder
+from grit_lightning.datamodules.sources import quiet
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "target": datasets.Value("int32"),
+        "status": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Checks rows, asks the task for their answers and encodes both.
+
+    Attributes:
+        encoder: Rows to token ids.
+        answer: Answer of a row; raises ValueError for a row without a usable one.
+        choices: Closed answers in class order; empty for free answers.
+        invalid_rows: Raise an error for an unusable row, or give it the status "invalid".
+        where: What the table is, for messages.
+        names: Task column → column of the source, for messages.
+    """
+
+    encoder: PromptEncoder
+    answer: Callable[[Mapping[str, Any]], str]
+    choices: Sequence[str] = ()
+    invalid_rows: Literal["error", "skip"] = "error"
+    where: str = "data"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, table: datasets.Dataset, row_numbers: Sequence[int]) -> tuple[datasets.Dataset, Counter[str]]:
+        """Encodes a table.
+
+        Args:
+            table: The task's columns.
+            row_numbers: Number of each row in the source, for messages.
+
+        Returns:
+            The usable rows, with `input_ids`, `prompt_length` and `target` (class index; -1 for free answers), and how
+            many rows came through with each status.
+
+        Raises:
+            ValueError: A row is unusable and `invalid_rows` is "error"; names row and column.
+        """
+        with quiet():
+            encoded = table.map(
+                lambda batch, indices: self.encode(batch, [row_numbers[index] for index in indices]),
+                batched=True,
+                with_indices=True,
+                remove_columns=table.column_names,
+                features=FEATURES,
+                keep_in_memory=True,
+                load_from_cache_file=False,
+                new_fingerprint="tokenized",  # spares hashing the tokenizer: nothing is stored under it
+            )
+        statuses = list(encoded["status"])
+        usable = [i for i, status in enumerate(statuses) if status in ("whole", "truncated")]
+        return encoded.remove_columns("status").select(usable), Counter(statuses)
+
+    def encode(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encodes a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
+        texts = [{column: _text(value) for column, value in row.items()} for row, _ in usable]
+        ready = iter(self.encoder.encode(texts, [answer for _, answer in usable]))
+        encoded = [EncodedRow([], 0, "invalid") if answer is None else next(ready) for answer in answers]
+        return {
+            "input_ids": [row.input_ids for row in encoded],
+            "prompt_length": [row.prompt_length for row in encoded],
+            "target": [self.choices.index(answer) if answer in self.choices else -1 for answer in answers],
+            "status": [row.status for row in encoded],
+        }
+
+    def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
+        """Answer of a row with all columns filled but those that the template can do without; None to skip the row."""
+        try:
+            for column, value in row.items():
+                if not _text(value).strip() and column not in self.encoder.template.prompt_without:
+                    raise ValueError(f"column {self.names.get(column, column)!r} is empty")
+            answer = self.answer(row)
+            if self.choices and answer not in self.choices:
+                raise ValueError(f"answer {answer!r} is none of {list(self.choices)}")
+        except ValueError as error:
+            if self.invalid_rows == "skip":
+                return None
+            raise ValueError(
+                f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
+            ) from error
+        return answer
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

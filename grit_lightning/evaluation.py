@@ -1,0 +1,123 @@
+"""Scores of closed answers: the log-likelihood that a causal language model gives each choice.
+
+Shapes: B rows, T tokens, V vocabulary, C choices, K tokens of the longest choice. Padding may be on either side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import Accuracy, F1Score, Precision, Recall
+
+IGNORED = -100
+"""Label of a token that is not learnt, and padding of the choices: the value that torch's cross-entropy skips."""
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions of tokens among the real tokens of their row, so that left padding does not shift them.
+
+    Args:
+        attention_mask: [B, T], 1 for real tokens.
+
+    Returns:
+        int64 [B, T]; 0 on leading padding.
+
+    Example:
+        >>> position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
+        [[0, 0, 0, 1], [0, 1, 2, 2]]
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def accepts_position_ids(model: nn.Module) -> bool:
+    """Whether a model, or the base of a PEFT model, takes `position_ids` (models with ALiBi do not)."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+@torch.no_grad()
+def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """Scores every answer choice of every row.
+
+    Choices of one token are read off the logits that the loss was computed from, at the position before the first
+    label. Longer ones each take a forward pass over prompt and choice, and their log-likelihood is divided by their
+    number of tokens, as in lm-evaluation-harness's length-normalised accuracy (but by tokens, not by bytes).
+
+    Args:
+        model: Causal language model; if K > 1 called with input_ids, attention_mask and position_ids if it takes them.
+        batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] and `choice_ids` int64 [B, C, K], padded with -100.
+        logits: [B, T, V], the model's output for this batch.
+
+    Returns:
+        float32 [B, C]: log-likelihood per token; -inf for a choice without tokens. The prediction is the argmax.
+
+    Raises:
+        ValueError: A row has no label, or its first token is one: there is no prompt to answer.
+    """
+    choice_ids = batch["choice_ids"]
+    learnt = batch["labels"] != IGNORED
+    start = learnt.int().argmax(-1)  # [B], the first label; the answer begins there
+    rows = torch.arange(len(start), device=start.device)
+    if not (learnt.any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)).all():
+        raise ValueError("Choices are scored after a prompt: every row needs one, and labels behind it.")
+    if choice_ids.shape[-1] == 1:
+        log_probabilities = logits[rows, start - 1].float().log_softmax(-1)[:, None, None]
+        return _per_token(log_probabilities.expand(-1, choice_ids.shape[1], -1, -1), choice_ids)
+    prompts, mask = _left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
+    return torch.stack([_continuation_scores(model, prompts, mask, ids) for ids in choice_ids.unbind(1)], dim=1)
+
+
+def classification_metrics(classes: int) -> MetricCollection:
+    """Accuracy, precision, recall and F1 under the keys accuracy, precision, recall, f1.
+
+    Update with predicted classes int64 [B] and targets int64 [B]. Of two classes, class 1 is the positive one; with
+    more, precision, recall and F1 are macro averages and accuracy counts rows.
+
+    Args:
+        classes: Number of classes.
+    """
+    task: dict[str, Any] = {"task": "binary"} if classes == 2 else {"task": "multiclass", "num_classes": classes}
+    average: dict[str, Any] = {} if classes == 2 else {"average": "macro"}
+    rows: dict[str, Any] = {} if classes == 2 else {"average": "micro"}
+    return MetricCollection(
+        {
+            "accuracy": Accuracy(**task, **rows),
+            "precision": Precision(**task, **average),
+            "recall": Recall(**task, **average),
+            "f1": F1Score(**task, **average),
+        }
+    )
+
+
+def _per_token(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
+    """Mean log-probability [...] of tokens [..., K] under [..., K, V]; ids of -100 do not count."""
+    real = token_ids != IGNORED
+    picked = log_probabilities.gather(-1, token_ids.clamp(min=0)[..., None]).squeeze(-1)
+    mean = picked.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
+    return mean.masked_fill(~real.any(-1), -torch.inf)
+
+
+def _left_padded_prompts(input_ids: Tensor, attention_mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [B, P] and their mask, all ending in the last column, whatever the padding of the batch."""
+    longest = int(start.max())
+    columns = start[:, None] - longest + torch.arange(longest, device=start.device)
+    inside = columns.clamp(min=0)
+    return input_ids.gather(1, inside), attention_mask.gather(1, inside) * (columns >= 0)
+
+
+def _continuation_scores(model: nn.Module, prompts: Tensor, mask: Tensor, choice: Tensor) -> Tensor:
+    """Log-likelihood per token [B] of a choice [B, K] after left-padded prompts [B, P]."""
+    inputs = {
+        "input_ids": torch.cat([prompts, choice.clamp(min=0)], dim=1),
+        "attention_mask": torch.cat([mask, (choice != IGNORED).to(mask)], dim=1),
+    }
+    if accepts_position_ids(model):
+        inputs["position_ids"] = position_ids(inputs["attention_mask"])
+    logits = model(**inputs).logits
+    return _per_token(logits[:, prompts.shape[1] - 1 : -1].float().log_softmax(-1), choice)
