@@ -115,8 +115,8 @@ def one_sided_maps(
 ) -> ReprojectionMaps:
     """The paper's one-sided reprojection: both factors are projected on the top eigenvectors of Σ_a.
 
-    a_map = ((1−γ)I + γD_k) Uᵀ, b_map = U ((1−γ)I + γD_k), hence M = ((1−γ)I + γP_A)². With ``keep_dropped`` only B is
-    projected, a_map = Uᵀ and M = (1−γ)I + γP_A: at γ = 1 the same ΔW, but the rows of A beyond k stay to be measured.
+    a_map = ((1−γ)I + γD_k) Uᵀ, b_map = U ((1−γ)I + γD_k), hence M = ((1−γ)I + γP_A)². With ``keep_dropped`` B takes A's
+    share of the cut as well: a_map = Uᵀ and the same M, but the rows of A beyond k stay to be measured.
 
     Source: paper § 'neural reprojection' (Q-GRIT_uni).
 
@@ -124,7 +124,7 @@ def one_sided_maps(
         a_cov: Σ_a ``[L, r, r]``.
         k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
         blend: γ in [0, 1]; 1 is a full projection.
-        keep_dropped: Rotate A without projecting it.
+        keep_dropped: Rotate A without cutting it, so that a dropped direction still gives B a gradient and can return.
 
     Returns:
         The maps.
@@ -139,7 +139,9 @@ def one_sided_maps(
     """
     _, u = eigenbasis(a_cov)
     d = _blended(k, u, blend)
-    return ReprojectionMaps(u.mT if keep_dropped else d.unsqueeze(-1) * u.mT, u * d.unsqueeze(-2))
+    if keep_dropped:
+        return ReprojectionMaps(u.mT, u * d.square().unsqueeze(-2))
+    return ReprojectionMaps(d.unsqueeze(-1) * u.mT, u * d.unsqueeze(-2))
 
 
 def two_sided_maps(
@@ -164,7 +166,7 @@ def two_sided_maps(
         k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
         blend: γ in [0, 1]; 1 is a full projection.
         use_g: False where Σ_g has too few samples and P_A stands in for P_G, bool ``[L]``; None trusts every layer.
-        keep_dropped: As in ``one_sided_maps``; at γ = 1 the same ΔW.
+        keep_dropped: As in ``one_sided_maps``.
 
     Returns:
         The maps.
@@ -183,8 +185,8 @@ def two_sided_maps(
     _, u_a = eigenbasis(a_cov)
     _, u_g = eigenbasis(g_cov)
     b_map = (1.0 - blend) * u_a + blend * (projector(u_g, k) @ u_a)
-    if blend == 1.0:
-        b_map = b_map * _kept(k, b_map).unsqueeze(-2)
+    if keep_dropped or blend == 1.0:
+        b_map = b_map * _blended(k, b_map, blend).unsqueeze(-2)
     if use_g is not None:
         b_map = torch.where(use_g.reshape(-1, 1, 1), b_map, one_sided.b_map)
     return ReprojectionMaps(one_sided.a_map, b_map)

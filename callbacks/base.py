@@ -1,0 +1,81 @@
+"""What all callbacks of the geometry share: they need one, and act once per due optimizer step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from grit_lightning.geometry import RankSpaceGeometry
+
+
+class GeometryCallback(Callback):
+    """Calls `act` after every optimizer step for which `should_act` is true, once per accumulation window.
+
+    Args:
+        every_n_steps: Optimizer steps between two actions.
+        start_step: First optimizer step (counted from 1) at which an action may happen.
+
+    Raises:
+        ValueError: If an interval is out of range.
+    """
+
+    def __init__(self, every_n_steps: int, start_step: int = 0) -> None:
+        """Check and remember the schedule."""
+        super().__init__()
+        name = type(self).__name__
+        if every_n_steps < 1:
+            raise ValueError(f"{name}.every_n_steps must be an integer ≥ 1 (optimizer steps), got {every_n_steps}.")
+        if start_step < 0:
+            raise ValueError(f"{name}.start_step must be an integer ≥ 0 (optimizer steps), got {start_step}.")
+        self.every_n_steps = every_n_steps
+        self.start_step = start_step
+        self._last_step = 0
+
+    def should_act(self, step: int) -> bool:
+        """Whether to act after optimizer step `step`; override for another schedule."""
+        return step >= self.start_step and step % self.every_n_steps == 0
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
+        """Do what the callback is for; runs on every process, after the optimizer step."""
+
+    def validate(self, geometry: RankSpaceGeometry) -> None:
+        """Check settings that depend on the model; raise ValueError."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Resolve the geometry, which exists from here on.
+
+        Raises:
+            MisconfigurationException: If the module has no geometry.
+        """
+        self.validate(self._geometry(pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not repeat the action of the step a run resumes from."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Tensor | Mapping[str, Any] | None, batch: Any, batch_idx: int
+    ) -> None:
+        """Act if this micro-batch has closed a due optimizer step."""
+        step = trainer.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if self.should_act(step):
+            self.act(trainer, self._geometry(pl_module))
+
+    def _geometry(self, pl_module: pl.LightningModule) -> RankSpaceGeometry:
+        geometry = getattr(pl_module, "geometry", None)
+        if not isinstance(geometry, RankSpaceGeometry):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs the rank-space geometry, but {type(pl_module).__name__} has none "
+                f"(geometry={geometry!r}). Set model.geometry to a GeometryConfig, or remove the callback."
+            )
+        return geometry

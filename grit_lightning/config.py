@@ -1,0 +1,79 @@
+"""The knobs of the rank-space geometry, under the paper's names where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+CovAveraging = Literal["mean", "ema"]
+DampingModeName = Literal["absolute", "relative"]
+PairingName = Literal["kfac", "swapped"]
+
+
+@dataclass(frozen=True)
+class GeometryConfig:
+    """How curvature statistics are taken and used (paper, appendix A.10; SPEC names kept).
+
+    Attributes:
+        kfac_update_freq: Optimizer steps between refreshes of the damped inverses. The first refresh comes after this
+            many steps of statistics; until then gradients pass unchanged.
+        kfac_min_samples: Tokens a layer must have contributed before its gradients are preconditioned or its factors
+            reprojected.
+        kfac_damping: Tikhonov damping λ, read according to `damping_mode`.
+        damping_mode: `absolute` adds λI (paper); `relative` adds λ·tr(Σ)/r·I, which does not depend on the gradient's
+            scale (beyond the paper).
+        grafting: Give every preconditioned factor gradient the Frobenius norm of the raw one, so that damping changes
+            directions only and the clipping threshold keeps its meaning (beyond the paper).
+        pairing: `kfac` is ∇A ← (Σ_g+λI)⁻¹∇A, ∇B ← ∇B(Σ_a+λI)⁻¹, the only gauge-covariant choice; `swapped` is the
+            pairing of the published code, for comparison.
+        ng_warmup_steps: Optimizer steps at the start during which gradients pass unchanged.
+        cov_update_freq: Micro-batches between two that contribute statistics; 1 uses every one.
+        cov_averaging: `mean` weighs every token since the start alike; `ema` forgets with `ema_beta` per optimizer step.
+        ema_beta: Decay per optimizer step of the moving average, with bias correction.
+        kfac_inversion_device: Where the `[layers, r, r]` factors are inverted: `cpu` (paper), or `auto` for the device
+            of the statistics.
+
+    Raises:
+        ValueError: If a value is out of range; the message names the field and what it accepts.
+    """
+
+    kfac_update_freq: int = 50
+    kfac_min_samples: int = 64
+    kfac_damping: float = 1e-3
+    damping_mode: DampingModeName = "relative"
+    grafting: bool = True
+    pairing: PairingName = "kfac"
+    ng_warmup_steps: int = 0
+    cov_update_freq: int = 1
+    cov_averaging: CovAveraging = "ema"
+    ema_beta: float = 0.95
+    kfac_inversion_device: Literal["cpu", "auto"] = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check every field once, where it is set."""
+        self._require("kfac_update_freq", self.kfac_update_freq >= 1, "an integer ≥ 1 (optimizer steps)")
+        self._require("kfac_min_samples", self.kfac_min_samples >= 0, "an integer ≥ 0 (tokens)")
+        self._require("kfac_damping", self.kfac_damping >= 0, "a number ≥ 0")
+        self._require("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
+        self._require("cov_update_freq", self.cov_update_freq >= 1, "an integer ≥ 1 (micro-batches)")
+        self._require("ema_beta", 0.0 <= self.ema_beta < 1.0, "a number in [0, 1)")
+        for name, choices in (
+            ("damping_mode", get_args(DampingModeName)),
+            ("pairing", get_args(PairingName)),
+            ("cov_averaging", get_args(CovAveraging)),
+            ("kfac_inversion_device", ("cpu", "auto")),
+        ):
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"GeometryConfig.{name} must be {expected}, got {getattr(self, name)!r}.")
+
+    @property
+    def decay(self) -> float:
+        """Factor by which earlier statistics fade per optimizer step; 1 for the running mean."""
+        return self.ema_beta if self.cov_averaging == "ema" else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values for checkpoints and records."""
+        return dict(self.__dict__)

@@ -1,0 +1,427 @@
+"""The rank-space geometry of a LoRA model: its curvature statistics, and what they do to gradients and factors.
+
+Per adapted layer, with a = A x and g = ∂L/∂a of the sum of token losses over N real tokens,
+
+    Σ_a = E[a aᵀ],  Σ_g = E[g gᵀ]          both [r, r], float32
+    ∇A ← (Σ_g + λI)⁻¹ ∇A,  ∇B ← ∇B (Σ_a + λI)⁻¹
+
+The object owns state only. The maths is in `functional`; when things happen is decided by the module (every optimizer
+step) and by callbacks (reprojection, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grit_lightning import functional as F
+from grit_lightning.adapters import count_trainable, find_lora_sites
+from grit_lightning.capture import RankSpaceCapture
+from grit_lightning.config import GeometryConfig
+from grit_lightning.optimizer_state import carry_optimizer_state
+from grit_lightning.rank_group import RankGroup, group_by_rank
+from grit_lightning.timing import Stopwatch
+
+MapsRule = Callable[[Tensor, Tensor, Tensor, Tensor], F.ReprojectionMaps]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What the geometry knows of one adapted layer, always current."""
+
+    name: str
+    group: RankGroup
+    index: int
+
+    @property
+    def a_cov(self) -> Tensor:
+        """Σ_a, float32 `[r, r]`."""
+        here = slice(self.index, self.index + 1)
+        return F.covariance(self.group.total.a[here], self.group.total.weight[here])[0]
+
+    @property
+    def g_cov(self) -> Tensor:
+        """Σ_g, float32 `[r, r]`, of gradients of the sum of token losses."""
+        here = slice(self.index, self.index + 1)
+        return F.covariance(self.group.total.g[here], self.group.total.weight[here])[0]
+
+    @property
+    def n_samples(self) -> int:
+        """Tokens that have contributed since the start."""
+        return int(self.group.tokens[self.index])
+
+    @property
+    def rank(self) -> int:
+        """Effective rank k ≤ r."""
+        return int(self.group.ranks[self.index])
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events of this layer: `rejected` micro-batches, `fallbacks` to the raw gradient, damping `escalations`."""
+        return {name: int(getattr(self.group, name)[self.index]) for name in ("rejected", "fallbacks", "escalations")}
+
+
+class RankSpaceGeometry:
+    """Curvature state of every LoRA layer of a model, and the operations that use it.
+
+    One training step, in the module's words:
+
+        geometry.start_micro_batch(mask, scale)   before forward
+        geometry.finish_micro_batch()             after backward, once per micro-batch
+        geometry.step()                           once per optimizer step: statistics, refresh, preconditioned gradients
+
+    Args:
+        model: PEFT model with one active LoRA adapter.
+        config: Settings.
+
+    Raises:
+        ValueError: If the model has no plain linear LoRA layer.
+    """
+
+    def __init__(self, model: nn.Module, config: GeometryConfig) -> None:
+        """Find the layers and register the hooks."""
+        self.config = config
+        self.stopwatch = Stopwatch()
+        self.groups = group_by_rank(find_lora_sites(model))
+        self.layers: Mapping[str, LayerView] = {
+            site.name: LayerView(site.name, group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+        self.reprojection_count = 0
+        self.trainable_parameters = count_trainable(model)
+        self._capture = RankSpaceCapture(self.groups, self.stopwatch)
+        self._micro_batches = 0
+        self._steps = 0
+        self._windows_since_reduce = 0
+
+    # Reading.
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Effective rank of every layer by name."""
+        return {name: view.rank for name, view in self.layers.items()}
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean effective rank over layers."""
+        return sum(int(group.ranks.sum()) for group in self.groups) / len(self.layers)
+
+    @property
+    def effective_parameters(self) -> int:
+        """Σ k·(d_in + d_out) over layers: what a compacted adapter holds (paper, '# Params Trained')."""
+        return sum(
+            int(rank) * site.parameters_per_rank
+            for group in self.groups
+            for site, rank in zip(group.sites, group.ranks.tolist(), strict=True)
+        )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events over all layers: rejected micro-batches, gradient fallbacks, damping escalations."""
+        return {
+            name: sum(int(getattr(group, name).sum()) for group in self.groups)
+            for name in ("rejected", "fallbacks", "escalations")
+        }
+
+    # Statistics.
+
+    def to(self, device: torch.device) -> None:
+        """Move the statistics to the device of the adapter."""
+        for group in self.groups:
+            group.to(device)
+
+    def start_micro_batch(self, token_mask: Tensor, gradient_scale: Tensor | float) -> None:
+        """Begin to listen: call before the forward pass whose backward pass is to be counted.
+
+        Args:
+            token_mask: `[B, T]`, non-zero where a token is real.
+            gradient_scale: Factor that turns the gradients autograd will deliver into those of the sum of token losses:
+                (label tokens the loss was averaged over) · (accumulation steps) / (AMP loss scale).
+        """
+        for group in self.groups:
+            group.micro.clear()
+            group.calls = [0] * len(group.sites)
+        if self._micro_batches % self.config.cov_update_freq == 0:
+            self._capture.start(token_mask.bool(), gradient_scale)
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Take a finished backward pass into the window; a layer whose sums are not finite is left out and counted."""
+        mask = self._capture.token_mask
+        self._capture.stop()
+        self._micro_batches += 1
+        if mask is None:
+            return
+        with self.stopwatch("capture"):
+            tokens = mask.sum()
+            for group in self.groups:
+                calls = torch.tensor(group.calls, device=group.device)
+                finite = F.finite_layers(group.micro.a, group.micro.g)
+                group.rejected += ~finite & (calls > 0)
+                group.micro.weight = (calls * tokens).float()
+                for tensor in group.micro.tensors():
+                    tensor.masked_fill_(~finite.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
+                group.window.absorb(group.micro)
+                group.heard = [heard or called > 0 for heard, called in zip(group.heard, group.calls, strict=True)]
+
+    def discard_window(self) -> None:
+        """Forget the accumulation window under way, for a step that the optimizer will skip."""
+        for group in self.groups:
+            group.window.clear()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum what this process has gathered over all processes, in one collective, into the running estimate.
+
+        Every process must call it at the same step. Without process group it only merges.
+        """
+        if self._windows_since_reduce == 0:
+            return
+        parts = [tensor for group in self.groups for tensor in group.local.tensors()]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(flat)
+            for part, reduced in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(reduced.view_as(part))
+        for group in self.groups:
+            group.total.absorb(group.local, self.config.decay**self._windows_since_reduce)
+        self._windows_since_reduce = 0
+
+    # Preconditioning.
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Close the accumulation window: update statistics, refresh inverses when due, precondition `.grad` in place.
+
+        Raises:
+            RuntimeError: At the first refresh, if a layer has sent no statistics; the message names the layers.
+        """
+        with self.stopwatch("precondition"):
+            for group in self.groups:
+                group.tokens += group.window.weight.long()
+                group.local.absorb(group.window, self.config.decay)
+            self._windows_since_reduce += 1
+            self._steps += 1
+            if not _is_distributed() or self.refresh_due:
+                self.reduce()
+            if self.refresh_due:
+                self._require_all_heard()
+                self.refresh()
+            for group in self.groups:
+                self._precondition(group)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the optimizer step under way refreshes the inverses."""
+        return self._steps % self.config.kfac_update_freq == 0
+
+    def refresh(self) -> None:
+        """Invert the damped factors of every layer, one batched Cholesky a group and factor."""
+        for group in self.groups:
+            kept = group.kept
+            block = kept.unsqueeze(-1) & kept.unsqueeze(-2)
+            device = torch.device("cpu") if self.config.kfac_inversion_device == "cpu" else group.device
+            inverses = []
+            for cov in (group.a_cov, group.g_cov):
+                cov = cov.masked_fill(~block, 0.0).to(device)
+                damping = F.damping_levels(cov, self.config.kfac_damping, self.config.damping_mode)
+                result = F.damped_inverse(cov, damping)
+                group.escalations += result.attempts.to(group.device).clamp(min=1) - 1
+                inverses.append(result.inverse.to(group.device))
+            group.a_inverse, group.g_inverse = inverses
+            group.ready = group.tokens >= self.config.kfac_min_samples
+
+    def _precondition(self, group: RankGroup) -> None:
+        """Precondition the gradients of one group, and keep dropped directions still."""
+        active = self._steps > self.config.ng_warmup_steps and bool(group.ready.any())
+        reduced = bool((group.ranks < group.r).any())
+        if not active and not reduced:
+            return
+        swapped = self.config.pairing == F.Pairing.SWAPPED
+        left, right = (group.a_inverse, group.g_inverse) if swapped else (group.g_inverse, group.a_inverse)
+        kept = group.kept.float()
+
+        def transform(side: str) -> Callable[[Tensor, Tensor], Tensor]:
+            def update(raw: Tensor, layers: Tensor) -> Tensor:
+                result = raw.float()
+                if active:
+                    result = self._preconditioned(group, result, layers, side, left if side == "a" else right)
+                shape = (-1, group.r, 1) if side == "a" else (-1, 1, group.r)
+                return result * kept[layers].view(shape) if reduced else result
+
+            return update
+
+        for side in ("a", "b"):
+            group.apply(side, lambda factor: factor.grad, transform(side))
+
+    def _preconditioned(self, group: RankGroup, raw: Tensor, layers: Tensor, side: str, inverse: Tensor) -> Tensor:
+        """Precondition stacked gradients, graft, and fall back to the raw gradient where the result is not finite."""
+        apply = F.precondition_a if side == "a" else F.precondition_b
+        new = apply(raw, inverse[layers])
+        if self.config.grafting:
+            new = F.graft(new, raw)
+        new, fell_back = F.finite_or_raw(new, raw)
+        group.fallbacks.index_add_(0, layers, fell_back.long())
+        return torch.where(group.ready[layers].view(-1, 1, 1), new, raw)
+
+    def _require_all_heard(self) -> None:
+        silent = [
+            site.name
+            for group in self.groups
+            for site, heard in zip(group.sites, group.heard, strict=True)
+            if not heard
+        ]
+        if silent:
+            shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+            raise RuntimeError(
+                f"{len(silent)} of {len(self.layers)} adapted layers have sent no curvature statistics by the first refresh "
+                f"(optimizer step {self._steps}): {shown}. Either they take no part in the loss, then leave them out of "
+                "`adapter.target_modules`; or their forward pass bypasses lora_A's hook, then set `geometry: null`."
+            )
+
+    # Reprojection.
+
+    @torch.no_grad()
+    def reproject(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int] | None = None,
+        *,
+        blend: float = 1.0,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        """Change coordinates of every layer with enough samples, and keep the first k of them.
+
+        Weights, covariances and optimizer moments go through the same linear maps; inverses are recomputed.
+
+        Args:
+            maps: Given `(a_cov, g_cov, k, enough_g)`, stacked over layers, returns the maps of A and B.
+            ranks: New effective ranks by layer name; layers not named keep theirs.
+            blend: γ in (0, 1]; below 1 the projection is partial and ranks stay as they are.
+            optimizer: Its moments of A and B are carried along.
+
+        Raises:
+            ValueError: If a rank is not in 1 … r.
+        """
+        self._change_coordinates(maps, ranks or {}, blend, optimizer)
+        self.reprojection_count += 1
+
+    @torch.no_grad()
+    def set_ranks(self, maps: MapsRule, ranks: Mapping[str, int], *, optimizer: Optimizer | None = None) -> None:
+        """Give layers new effective ranks, at once; like `reproject`, but counts as no reprojection.
+
+        Only layers whose rank falls change coordinates. Where it rises, B's next columns grow from zero.
+
+        Args:
+            maps: As in `reproject`; should leave ΔW as it is but for the directions beyond k.
+            ranks: New effective ranks by layer name.
+            optimizer: Its moments of A and B are carried along.
+
+        Raises:
+            ValueError: If a rank is not in 1 … r.
+        """
+        if any(self.layers[name].rank != rank for name, rank in ranks.items()):
+            self._change_coordinates(maps, ranks, 1.0, optimizer, only_where_falling=True)
+
+    def enough(self, group: RankGroup) -> Tensor:
+        """Layers `[L]` bool of a group with enough samples for decisions (`kfac_min_samples`)."""
+        return group.tokens >= max(self.config.kfac_min_samples, 1)
+
+    def _change_coordinates(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int],
+        blend: float,
+        optimizer: Optimizer | None,
+        *,
+        only_where_falling: bool = False,
+    ) -> None:
+        with self.stopwatch("reprojection"):
+            self.reduce()
+            for group in self.groups:
+                self._change_group(group, maps, ranks, blend, optimizer, only_where_falling)
+            if self._steps >= self.config.kfac_update_freq:
+                self.refresh()
+
+    def _change_group(
+        self,
+        group: RankGroup,
+        rule: MapsRule,
+        ranks: Mapping[str, int],
+        blend: float,
+        optimizer: Optimizer | None,
+        only_where_falling: bool,
+    ) -> None:
+        wanted = torch.tensor(
+            [ranks.get(site.name, int(rank)) for site, rank in zip(group.sites, group.ranks, strict=True)]
+        )
+        if bool(((wanted < 1) | (wanted > group.r)).any()):
+            raise ValueError(f"Effective ranks must lie in 1 … r = {group.r}, got {sorted(set(wanted.tolist()))}.")
+        enough = self.enough(group)
+        seen_g = group.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        still = ~enough | (wanted >= group.ranks).to(group.device) if only_where_falling else ~enough
+        maps = rule(group.a_cov, group.g_cov, wanted.to(group.device), enough & seen_g)
+        maps = _identity_where(still, maps)
+        if blend == 1.0:
+            group.ranks = torch.where(enough.cpu(), wanted, group.ranks)
+        group.apply("a", lambda factor: factor.data, lambda stack, layers: maps.a_map[layers] @ stack.float())
+        group.apply("b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers])
+        group.total.a, group.total.g = F.carry_covariances(group.total.a, group.total.g, maps)
+        if optimizer is not None:
+            carry_optimizer_state(optimizer, group, maps)
+
+    # Persistence.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly as if never stopped, in plain types and CPU tensors."""
+        return {
+            "groups": [group.state_dict() for group in self.groups],
+            "reprojection_count": self.reprojection_count,
+            "micro_batches": self._micro_batches,
+            "steps": self._steps,
+            "windows_since_reduce": self._windows_since_reduce,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If the state belongs to another adapter layout.
+        """
+        if len(state["groups"]) != len(self.groups):
+            raise ValueError(
+                f"The checkpoint holds {len(state['groups'])} rank groups, this model has {len(self.groups)}. "
+                "Use the adapter configuration (r, rank_pattern, target_modules) that the checkpoint was trained with."
+            )
+        for group, saved in zip(self.groups, state["groups"], strict=True):
+            group.load_state_dict(saved)
+        self.reprojection_count = state["reprojection_count"]
+        self._micro_batches = state["micro_batches"]
+        self._steps = state["steps"]
+        self._windows_since_reduce = state["windows_since_reduce"]
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.detach()
+
+    def __iter__(self) -> Iterator[LayerView]:
+        """Iterate over the layers' views."""
+        return iter(self.layers.values())
+
+
+def _identity_where(skip: Tensor, maps: F.ReprojectionMaps) -> F.ReprojectionMaps:
+    """Replace the maps of the layers in `skip` `[L]` by the identity."""
+    identity = torch.eye(maps.a_map.shape[-1], device=maps.a_map.device)
+    where = skip.view(-1, 1, 1)
+    return F.ReprojectionMaps(torch.where(where, identity, maps.a_map), torch.where(where, identity, maps.b_map))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,317 @@
+"""The LightningModule: a frozen causal language model, a PEFT adapter, and the geometry that steers the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig, PeftModel, get_peft_config
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MetricCollection
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from grit_lightning.backbones import attach_adapter, load_backbone
+from grit_lightning.config import GeometryConfig
+from grit_lightning.evaluation import choice_scores, position_ids
+from grit_lightning.geometry import RankSpaceGeometry
+
+IGNORED_LABEL = -100
+CHECKPOINT_KEY = "grit"
+CHECKPOINT_FORMAT = 1
+
+Batch = dict[str, Tensor]
+
+
+class GritLitModule(LightningModule):
+    """Fine-tunes a causal language model through a PEFT adapter whose gradients are preconditioned in rank space.
+
+    A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
+    nothing is learnt. `position_ids` `[B, T]` are used if present; `choice_ids` `[B, C, K]` and `target` `[B]` turn
+    evaluation into classification over C closed answers; any other key is ignored.
+
+    Args:
+        backbone: Hub id, local folder, GGUF file, `pypi:<module>` for a model inside an installed package, or an instance.
+        adapter: PEFT configuration, usually a `peft.LoraConfig` (a dict from its `to_dict()` is accepted too).
+        geometry: Settings of the rank-space geometry, or None to train the plain adapter.
+        optimizer: Callable from the trainable parameters to an optimizer.
+        lr_scheduler: Callable from the optimizer to a scheduler stepped once per optimizer step, `cosine` for cosine decay
+            to zero after a linear warm-up, or None for a constant rate.
+        warmup_fraction: Part of all optimizer steps that the `cosine` schedule warms up for (paper: 0.05).
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, of the frozen weights.
+        quantization: `nf4` quantises the frozen weights to 4 bit through bitsandbytes.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        attn_implementation: Attention kernel name passed to transformers, None for its default.
+        revision: Revision of a hub id.
+
+    Raises:
+        ValueError: If an argument is out of range; errors of the backbone and adapter come from `configure_model`.
+    """
+
+    def __init__(
+        self,
+        backbone: str | PreTrainedModel,
+        adapter: PeftConfig,
+        geometry: GeometryConfig | None = GeometryConfig(),  # noqa: B008 (frozen)
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | Literal["cosine"] | None = "cosine",
+        warmup_fraction: float = 0.05,
+        dtype: str = "auto",
+        quantization: Literal["nf4"] | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Remember the recipe; nothing is loaded before `configure_model`."""
+        super().__init__()
+        if not 0.0 <= warmup_fraction <= 1.0:
+            raise ValueError(f"warmup_fraction must lie in [0, 1], got {warmup_fraction}.")
+        self.backbone = backbone
+        self.adapter_config = get_peft_config(dict(adapter)) if isinstance(adapter, Mapping) else adapter
+        self.geometry_config = GeometryConfig(**geometry) if isinstance(geometry, Mapping) else geometry
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = lr_scheduler
+        self.warmup_fraction = warmup_fraction
+        self.loading = {
+            "dtype": dtype,
+            "quantization": quantization,
+            "gradient_checkpointing": gradient_checkpointing,
+            "attn_implementation": attn_implementation,
+            "revision": revision,
+        }
+        self.model: PeftModel | None = None
+        self.geometry: RankSpaceGeometry | None = None
+        self.metrics = torch.nn.ModuleDict()
+        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is all there
+        self._window_micro_batches = 0
+        self._window_losses: list[Tensor] = []
+        self._accepts_position_ids = False
+        self.save_hyperparameters(self._plain_hyperparameters())
+
+    def _plain_hyperparameters(self) -> dict[str, Any]:
+        """Constructor arguments as plain values, so that checkpoints load with weights_only=True."""
+        name = self.backbone if isinstance(self.backbone, str) else self.backbone.config._name_or_path
+        geometry = None if self.geometry_config is None else self.geometry_config.to_dict()
+        adapter = _plain(self.adapter_config.to_dict())
+        return {"backbone": name, "adapter": adapter, "geometry": geometry} | self.loading
+
+    # Building.
+
+    def configure_model(self) -> None:
+        """Load the backbone, attach the adapter, find its layers. Does nothing when called again.
+
+        Raises:
+            ValueError: If the backbone cannot be found or loaded, or the adapter does not fit it.
+        """
+        if self.model is not None:
+            return
+        model = attach_adapter(load_backbone(self.backbone, **self.loading), self.adapter_config)
+        geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
+        self._accepts_position_ids = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
+        self.model, self.geometry = model, geometry
+
+    def setup(self, stage: str) -> None:
+        """Ask the data module for its task's metrics."""
+        source = getattr(getattr(self.trainer, "datamodule", None), "metrics", None)
+        for prefix in ("val", "test"):
+            collection = source() if source is not None else None
+            if collection is not None and prefix not in self.metrics:
+                self.metrics[prefix] = collection.clone(prefix=f"{prefix}/")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the injected optimizer over the adapter, and its schedule."""
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler_factory is None:
+            return optimizer
+        if self.scheduler_factory == "cosine":
+            total = int(self.trainer.estimated_stepping_batches)
+            scheduler = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_fraction * total), total)
+        else:
+            scheduler = self.scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Check that Trainer and data can serve the geometry, and move its state to the adapter's device.
+
+        Raises:
+            MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner
+                would see scaled ones.
+            ValueError: If the data module's sequences are longer than the model's context.
+        """
+        if self._scaler is not None:
+            for optimizer in self.trainer.optimizers or []:
+                if getattr(optimizer, "_step_supports_amp_scaling", False):
+                    raise MisconfigurationException(
+                        f"{type(optimizer).__name__} with fused=True un-scales fp16 gradients inside its own step, after "
+                        "preconditioning. Set fused=False, or train with precision bf16-mixed."
+                    )
+        self._check_context(getattr(getattr(self.trainer, "datamodule", None), "max_length", 0) or 0)
+        if self.geometry is not None:
+            self.geometry.to(self.device)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The PEFT model.
+
+        Raises:
+            RuntimeError: Before `configure_model`.
+        """
+        if self.model is None:
+            raise RuntimeError("The model is not built yet: call configure_model(), or let the Trainer do it.")
+        return self.model
+
+    # Steps.
+
+    def forward(self, batch: Batch, with_loss: bool = True) -> Any:
+        """Run the model; returns transformers' output with `logits` `[B, T, V]` and, if asked, `loss` over label tokens."""
+        self._check_context(batch["input_ids"].shape[1])
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if self._accepts_position_ids:
+            inputs["position_ids"] = batch.get("position_ids", position_ids(batch["attention_mask"]))
+        if with_loss:
+            inputs["labels"] = batch["labels"]
+        return self.peft_model(**inputs, use_cache=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy over the label tokens; tells the geometry how to undo that mean."""
+        label_tokens = label_token_count(batch["labels"])
+        if self.geometry is not None:
+            scale = label_tokens.clamp(min=1) * float(self.trainer.accumulate_grad_batches)
+            if self._scaler is not None:
+                scale = scale / self._scaler.scale(torch.ones((), device=self.device))
+            self.geometry.start_micro_batch(batch["attention_mask"], scale)
+        loss: Tensor = self(batch).loss
+        self._window_losses.append(loss.detach())
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Close the micro-batch."""
+        self._window_micro_batches += 1
+        if self.geometry is not None:
+            self.geometry.finish_micro_batch()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Precondition the accumulated gradients, before clipping.
+
+        Raises:
+            FloatingPointError: If the loss of the window was not finite; weights are still those of the last step.
+        """
+        losses, self._window_losses = self._window_losses, []
+        micro_batches, self._window_micro_batches = self._window_micro_batches, 0
+        if not bool(torch.stack(losses).isfinite().all()):
+            raise FloatingPointError(
+                f"The training loss is {[float(loss) for loss in losses]} at optimizer step {self.trainer.global_step}. "
+                "Nothing of this step was applied. Lower the learning rate, set trainer.gradient_clip_val, use bfloat16 "
+                "instead of float16, or look for rows without label tokens in the data."
+            )
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if micro_batches < self.trainer.accumulate_grad_batches:  # the last window of an epoch; Lightning divided by all
+            torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches / micro_batches)
+        if self.geometry is None:
+            return
+        if self._scaler is not None and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+            self.geometry.discard_window()  # the scaler will skip this step
+            return
+        self.geometry.step()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and, for closed answers, the task's classification metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Same as validation, under `test/`."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Log-likelihood `[B, C]` of each closed answer, or logits `[B, T, V]` for an open task."""
+        logits: Tensor = self(batch, with_loss=False).logits
+        return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
+
+    def _evaluate(self, batch: Batch, prefix: str) -> None:
+        output = self(batch)
+        weight = int(label_token_count(batch["labels"]))  # the epoch's loss is the mean over label tokens
+        self.log(f"{prefix}/loss", output.loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
+        if "choice_ids" in batch and prefix in self.metrics:
+            metrics = self.metrics[prefix]
+            assert isinstance(metrics, MetricCollection)
+            metrics.update(choice_scores(self.peft_model, batch, output.logits).argmax(-1), batch["target"])
+            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch["target"]))
+
+    def _check_context(self, length: int) -> None:
+        context = getattr(self.peft_model.config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise ValueError(
+                f"A sequence of {length} tokens does not fit the model's context of {context}. "
+                f"Set data.max_length to at most {context}."
+            )
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter, drop the frozen backbone, add the geometry and the rank map."""
+        trained = self._trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CHECKPOINT_KEY] = {
+            "format_version": CHECKPOINT_FORMAT,
+            "geometry": None if self.geometry is None else self.geometry.state_dict(),
+            "ranks": None if self.geometry is None else self.geometry.ranks,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits this model, and restore the geometry.
+
+        Raises:
+            ValueError: If the checkpoint is not one of this class, of another format version, or its adapter has other
+                parameters or shapes.
+        """
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None or saved["format_version"] != CHECKPOINT_FORMAT:
+            found = "no such entry" if saved is None else f"version {saved['format_version']}"
+            raise ValueError(f"Expected a GRIT checkpoint of format version {CHECKPOINT_FORMAT}, found {found}.")
+        own = self.state_dict()
+        expected = {name: tuple(own[name].shape) for name in self._trained_names()}
+        found_shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if expected != found_shapes:
+            different = sorted(set(expected.items()) ^ set(found_shapes.items()))
+            raise ValueError(
+                f"The checkpoint's adapter does not fit this model: {len(different)} parameters differ, first {different[:2]}. "
+                "Use the backbone and adapter configuration that the checkpoint was trained with."
+            )
+        if self.geometry is not None and saved["geometry"] is not None:
+            self.geometry.load_state_dict(saved["geometry"])
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def label_token_count(labels: Tensor) -> Tensor:
+    """Number of tokens `[B, T]` that the causal loss is averaged over: labels that have a token before them."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
+def _plain(value: Any) -> Any:
+    """Turn sets, tuples, enums and dataclasses into what YAML and weights_only checkpoints can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if hasattr(value, "value"):
+        return value.value
+    return value

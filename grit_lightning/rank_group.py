@@ -1,0 +1,182 @@
+"""State of all layers that share one LoRA rank, stacked so that every operation is one batched call.
+
+Shapes: L layers of the group, r their rank; statistics `[L, r, r]` float32 on the adapter's device, ranks on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grit_lightning import functional as F
+from grit_lightning.adapters import LoraSite
+
+
+class Statistics:
+    """Token-weighted sums of a aᵀ and g gᵀ `[L, r, r]` with the weight `[L]` (tokens) they were summed over."""
+
+    def __init__(self, layers: int, r: int) -> None:
+        """Start empty."""
+        self.a = torch.zeros(layers, r, r)
+        self.g = torch.zeros(layers, r, r)
+        self.weight = torch.zeros(layers)
+
+    def tensors(self) -> list[Tensor]:
+        """The three tensors, for transport and persistence."""
+        return [self.a, self.g, self.weight]
+
+    def to(self, device: torch.device) -> None:
+        """Move to `device`."""
+        self.a, self.g, self.weight = (tensor.to(device) for tensor in self.tensors())
+
+    def absorb(self, other: Statistics, decay: float = 1.0) -> None:
+        """Fade what is here by `decay`, add `other` and empty it."""
+        self.a = F.accumulate(self.a, other.a, decay)
+        self.g = F.accumulate(self.g, other.g, decay)
+        self.weight = F.accumulate(self.weight, other.weight, decay)
+        other.clear()
+
+    def clear(self) -> None:
+        """Set to zero in place."""
+        for tensor in self.tensors():
+            tensor.zero_()
+
+
+class RankGroup:
+    """Stacked statistics, inverses and effective ranks of the layers with one rank.
+
+    Attributes:
+        sites: The adapted layers, in the order of the leading dimension.
+        r: Their allocated rank.
+        micro: Sums of the micro-batch under way.
+        window: Finite micro-batches of the accumulation window under way.
+        local: Finished windows of this process that have not been summed over processes yet.
+        total: The running estimate, equal on all processes.
+        tokens: `[L]` int64, tokens behind `total`, never faded.
+        rejected: `[L]` int64, micro-batches left out because they were not finite.
+        fallbacks: `[L]` int64, steps at which a non-finite preconditioned gradient was replaced by the raw one.
+        escalations: `[L]` int64, rungs of the damping ladder climbed at refreshes.
+        ranks: `[L]` int64 on the CPU, effective rank k: the first k coordinates carry the adapter.
+        a_inverse: `[L, r, r]`, (Σ_a + λI)⁻¹ as of the last refresh.
+        g_inverse: `[L, r, r]`, (Σ_g + λI)⁻¹ as of the last refresh.
+        ready: `[L]` bool, layers whose inverses may be applied.
+    """
+
+    PERSISTENT = ("tokens", "rejected", "fallbacks", "escalations", "ranks", "a_inverse", "g_inverse", "ready")
+
+    def __init__(self, sites: Sequence[LoraSite]) -> None:
+        """Allocate empty state for `sites`, which share one rank."""
+        self.sites = list(sites)
+        self.r = self.sites[0].r
+        layers = len(self.sites)
+        self.micro, self.window, self.local, self.total = (Statistics(layers, self.r) for _ in range(4))
+        self.tokens = torch.zeros(layers, dtype=torch.int64)
+        self.rejected = torch.zeros(layers, dtype=torch.int64)
+        self.fallbacks = torch.zeros(layers, dtype=torch.int64)
+        self.escalations = torch.zeros(layers, dtype=torch.int64)
+        self.ranks = torch.full((layers,), self.r, dtype=torch.int64)
+        identity = torch.eye(self.r).expand(layers, self.r, self.r)
+        self.a_inverse, self.g_inverse = identity.clone(), identity.clone()
+        self.ready = torch.zeros(layers, dtype=torch.bool)
+        self.calls = [0] * layers
+        self.heard = [False] * layers
+
+    # Placement and persistence.
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the statistics."""
+        return self.total.a.device
+
+    def to(self, device: torch.device) -> None:
+        """Move everything but the ranks, which only the CPU reads."""
+        for statistics in (self.micro, self.window, self.local, self.total):
+            statistics.to(device)
+        for name in self.PERSISTENT:
+            if name != "ranks":
+                setattr(self, name, getattr(self, name).to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as plain tensors, lists and names."""
+        state: dict[str, Any] = {name: getattr(self, name).detach().cpu().clone() for name in self.PERSISTENT}
+        for part in ("window", "local", "total"):
+            state[part] = [tensor.detach().cpu().clone() for tensor in getattr(self, part).tensors()]
+        return state | {"layers": [site.name for site in self.sites], "heard": list(self.heard)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If the state belongs to other layers or another rank.
+        """
+        names = [site.name for site in self.sites]
+        if state["layers"] != names or state["total"][0].shape != self.total.a.shape:
+            raise ValueError(
+                f"The checkpoint holds statistics of {len(state['layers'])} layers with shape "
+                f"{tuple(state['total'][0].shape)}, this model has {len(names)} with shape {tuple(self.total.a.shape)}. "
+                "Use the adapter configuration (r, target_modules) that the checkpoint was trained with."
+            )
+        for name in self.PERSISTENT:
+            setattr(self, name, state[name].to(getattr(self, name).device).clone())
+        for part in ("window", "local", "total"):
+            target: Statistics = getattr(self, part)
+            for tensor, value in zip(target.tensors(), state[part], strict=True):
+                tensor.copy_(value)
+        self.heard = list(state["heard"])
+
+    # Views.
+
+    @property
+    def a_cov(self) -> Tensor:
+        """Σ_a, the current estimate `[L, r, r]`."""
+        return F.covariance(self.total.a, self.total.weight)
+
+    @property
+    def g_cov(self) -> Tensor:
+        """Σ_g, the current estimate `[L, r, r]`."""
+        return F.covariance(self.total.g, self.total.weight)
+
+    @property
+    def kept(self) -> Tensor:
+        """`[L, r]` bool on the statistics' device: coordinates below the effective rank."""
+        return F.rank_mask(self.ranks, self.r).to(self.device)
+
+    # Batched access to the factors, bucketed by shape.
+
+    def factors(self, side: str) -> list[Tensor]:
+        """The parameters of one side: `a` gives A `[r, d_in]`, `b` gives B `[d_out, r]`."""
+        return [(site.down if side == "a" else site.up).weight for site in self.sites]
+
+    def apply(self, side: str, read: Callable[[Tensor], Tensor | None], update: BatchedUpdate) -> None:
+        """Read one tensor a layer, update those of equal shape in one batched call, and write them back in place.
+
+        Args:
+            side: `a` or `b`.
+            read: Takes a factor, returns the tensor to update (its data, its gradient …) or None to leave it out.
+            update: Maps a stack `[n, ...]` and the indices `[n]` of its layers to the new stack.
+        """
+        buckets: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
+        for index, factor in enumerate(self.factors(side)):
+            tensor = read(factor)
+            if tensor is not None:
+                buckets[tensor.shape].append((index, tensor))
+        for members in buckets.values():
+            indices = torch.tensor([index for index, _ in members])
+            tensors = [tensor for _, tensor in members]
+            updated = update(torch.stack(tensors), indices.to(self.device))
+            torch._foreach_copy_(tensors, list(updated.to(tensors[0].dtype).unbind(0)))
+
+
+BatchedUpdate = Callable[[Tensor, Tensor], Tensor]
+
+
+def group_by_rank(sites: Iterable[LoraSite]) -> list[RankGroup]:
+    """Split layers into one group a rank, in order of first appearance."""
+    by_rank: dict[int, list[LoraSite]] = defaultdict(list)
+    for site in sites:
+        by_rank[site.r].append(site)
+    return [RankGroup(members) for members in by_rank.values()]
