@@ -1,0 +1,52 @@
+"""The table that ends a run in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+_UNKNOWN = "—"
+
+
+def summary_table(summary: Mapping[str, Any], caption: str | None = None) -> Table:
+    """Lays out a run's summary: task metrics before and after, parameters, ranks, times, memory.
+
+    Args:
+        summary: What `RunRecord` writes to summary.json.
+        caption: A line under the table, such as where the summary lies.
+    """
+    table = Table(title=f"Run {summary['status']}", caption=caption, caption_style="dim", min_width=60)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
+    for key in sorted({*before, *after}):
+        table.add_row(key, _shown(before.get(key), "{:.4f}".format), _shown(after.get(key), "{:.4f}".format))
+    table.add_section()
+    trainable, effective = summary["trainable_parameters"], summary["effective_parameters"]
+    table.add_row("trainable parameters", "", f"{trainable:,}")
+    if trainable:
+        table.add_row("effective parameters", "", f"{effective:,}")
+        table.add_row("parameters saved", "", f"{1 - effective / trainable:.1%}")
+    for kind, rank in summary["mean_rank_by_type"].items():
+        table.add_row(f"mean rank {kind}", "", f"{rank:.2f}")
+    table.add_row("reprojections", "", f"{summary['reprojection_count']}")
+    table.add_section()
+    table.add_row("mean step time", "", _shown(summary["step_time_seconds"]["mean"], _duration))
+    table.add_row("geometry share of step time", "", _shown(summary["geometry_share"], "{:.1%}".format))
+    table.add_row("peak memory", "", _shown(summary["peak_memory_bytes"], _size))
+    return table
+
+
+def _shown(value: Any, form: Callable[[Any], str]) -> str:
+    return _UNKNOWN if value is None else form(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
