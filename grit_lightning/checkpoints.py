@@ -1,0 +1,32 @@
+"""Reads what a checkpoint says about the model that it belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+# Written by PEFT about the file, or filled in by it when the adapter is attached: not settings.
+NOT_SETTINGS = ("peft_type", "auto_mapping", "peft_version", "loftq_config")
+
+
+def model_settings(checkpoint: Path) -> dict[str, Any]:
+    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as command line and YAML write them.
+
+    Args:
+        checkpoint: Path of a Lightning checkpoint. It is read with `weights_only`, so no code in it can run.
+
+    Raises:
+        ValueError: If it does not hold the hyperparameters of a `GritLitModule`.
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    saved = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    if "adapter" not in saved or "backbone" not in saved:
+        raise ValueError(f"{checkpoint} is no checkpoint of GritLitModule: its hyperparameters are {sorted(saved)}.")
+    adapter = dict(saved.pop("adapter"))
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[adapter["peft_type"]]
+    init_args = {name: value for name, value in adapter.items() if name not in NOT_SETTINGS}
+    return saved | {"adapter": {"class_path": f"peft.{config_class.__name__}", "init_args": init_args}}

@@ -1,0 +1,268 @@
+"""The command line: `grit fit|validate|test|predict`, a LightningCLI over any module, data module and set of callbacks.
+
+Settings come from, in rising order: defaults, `--config` files in the order given, the model settings inside the
+checkpoint of `--ckpt_path`, the other command-line options. A run writes into one folder, `--output`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
+from grit_lightning.callbacks.progress import GeometryProgressBar
+from grit_lightning.callbacks.run_record import RunRecord
+from grit_lightning.checkpoints import model_settings
+from grit_lightning.configs import find_config
+from grit_lightning.errors import one_line_errors
+from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.module import GritLitModule
+from grit_lightning.records import write_atomically
+from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_folder_of
+
+__all__ = ["GritCLI", "callbacks", "datamodules", "main"]
+
+DEFAULT_SEED = 42
+RUNS = Path("runs")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the program.
+
+    Args:
+        args: Command-line words; those of the process when None.
+    """
+    with one_line_errors():
+        GritCLI(sys.argv[1:] if args is None else args)
+
+
+class GritCLI(LightningCLI):
+    """LightningCLI with one run folder, shipped configurations and an evaluation before and after training.
+
+    Args:
+        words: Command-line words, the subcommand first.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        """Parse, build and run."""
+        self.words = list(words)
+        self.folder, self.record = Path(), ""
+        super().__init__(
+            model_class=GritLitModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # ConfigRecord instead: atomic, and in the run folder whatever the loggers are
+            seed_everything_default=DEFAULT_SEED,
+            auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
+            load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
+            # an error stands below the usage, and Lightning's would be two screens of options
+            parser_kwargs={name: {"usage": "%(prog)s [--config NAME] [--help] [options]"} for name in self.subcommands()},
+            args=self.words,
+        )
+
+    # Parsing.
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build a parser whose `--config` knows the shipped configurations."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigByName, help="A YAML file, or the name of a shipped one.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run. Every subcommand takes all of them, so that one file serves all subcommands."""
+        help_of = {
+            "output": "Run folder. If not given: runs/<names of the configs>-seed<seed>.",
+            "overwrite": "Replace the run that the output folder already holds.",
+            "evaluate_before_fit": "fit: validate once before and once after training.",
+            "without": "Class names of callbacks to leave out, for ablations.",
+            "tokenizer": "Where the data module's tokenizer comes from, if not from the backbone.",
+        }
+        parser.add_argument("--output", type=str | None, default=None, help=help_of["output"])
+        parser.add_argument("--overwrite", type=bool, default=False, help=help_of["overwrite"])
+        parser.add_argument("--evaluate_before_fit", type=bool, default=False, help=help_of["evaluate_before_fit"])
+        parser.add_argument("--without", type=list[str], default=[], help=help_of["without"])
+        parser.add_argument("--tokenizer", type=str | None, default=None, help=help_of["tokenizer"])
+        parser.set_defaults({"model": {"class_path": "grit_lightning.module.GritLitModule"}})
+        parser.link_arguments(("model.init_args.backbone", "tokenizer", "data"), "data.init_args.tokenizer", _tokenizer)
+        parser.link_arguments(("seed_everything", "data"), "data.init_args.seed", _data_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words."""
+        self.config = parser.parse_args(self.words)
+
+    def _parse_ckpt_path(self) -> None:
+        """Parse again, with the model settings of the checkpoint between the configuration files and the options."""
+        checkpoint = self._settings.get("ckpt_path")
+        if not checkpoint or not Path(checkpoint).is_file():
+            return
+        end = self.words.index(self.config.subcommand) + 1
+        for position, word in enumerate(self.words):
+            if word.partition("=")[0] in ("-c", "--config"):
+                end = max(end, position + (1 if "=" in word else 2))
+        saved = [f"--model.{key}={json.dumps(value)}" for key, value in model_settings(Path(checkpoint)).items()]
+        self.config = self.parser.parse_args([*self.words[:end], *saved, *self.words[end:]])
+
+    @property
+    def _settings(self) -> Namespace:
+        settings: Namespace = self.config[self.config.subcommand]
+        return settings
+
+    # Building.
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder, before anything is built.
+
+        Raises:
+            FileExistsError: If it already holds a run that is neither continued nor to be overwritten.
+            ValueError: If `without` names a callback that is not there, or the data module has a seed of its own.
+        """
+        self._name_once()
+        self.folder = self._choose_folder()
+        if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
+            require_free(self.folder)
+        self.record = self._parser(self.subcommand).dump(self._settings, skip_none=False)
+        self._leave_out_callbacks()
+        _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
+
+    def after_instantiate_classes(self) -> None:
+        """Clear what is to be overwritten, now that the new settings have proved to build."""
+        if self._settings.overwrite and not (self._continues or self._settings.trainer.fast_dev_run):
+            rank_zero_only(clear)(self.folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Point everything that writes at the run folder, and add what every run has."""
+        given = self.config_init[self.subcommand].trainer
+        own = _as_list(given.callbacks)
+
+        def add(callback: Callback, unless: type[Any], wanted: bool = True) -> None:
+            if wanted and not any(isinstance(other, unless) for other in own):
+                own.append(callback)
+
+        table: Literal["fit_end", "evaluation_end"] = "evaluation_end" if self._settings.evaluate_before_fit else "fit_end"
+        add(RunRecord(str(self.folder), table), unless=RunRecord)
+        add(ConfigRecord(self.folder, self.record), unless=ConfigRecord, wanted=not given.fast_dev_run)
+        if not given.barebones:
+            kwargs["logger"] = self._loggers(given.logger)
+            checkpoints = ModelCheckpoint(self.folder / CHECKPOINTS, save_last="link")
+            add(checkpoints, unless=Checkpoint, wanted=given.enable_checkpointing is not False)
+            add(GeometryProgressBar(), unless=ProgressBar, wanted=given.enable_progress_bar is not False)
+        return super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+
+    def _loggers(self, given: Any) -> list[Logger]:
+        """TensorBoard unless other loggers are configured, and always metrics.jsonl; none for `logger: false`."""
+        if given is False:
+            return []
+        own = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
+        chosen = [own] if given is None or given is True else _as_list(given)
+        return [*chosen, JSONLinesLogger(self.folder)]
+
+    def _choose_folder(self) -> Path:
+        if chosen := self._settings.output or self._settings.trainer.default_root_dir:
+            return Path(chosen)
+        checkpoint = self._settings.get("ckpt_path")
+        if checkpoint and (folder := run_folder_of(Path(checkpoint))) is not None:
+            return folder
+        names = [Path(str(config)).stem for config in self._settings.config or [] if config is not None]
+        stage = "" if self.subcommand == "fit" else f"-{self.subcommand}"
+        # The same on every rank and every time: a clock in the name would give each process its own folder.
+        return RUNS / f"{'+'.join(names) or 'run'}-seed{self._settings.seed_everything}{stage}"
+
+    @property
+    def _continues(self) -> bool:
+        """Whether this resumes, or evaluates, the run that the folder holds."""
+        checkpoint = self._settings.get("ckpt_path")
+        if not checkpoint:
+            return False
+        return not Path(checkpoint).is_file() or Path(checkpoint).resolve().is_relative_to(self.folder.resolve())
+
+    def _name_once(self) -> None:
+        """Keep backbone and seed from being recorded twice: a later `--model.backbone` must reach the tokenizer too."""
+        data = self._settings.data.get("init_args", {})
+        if data.get("tokenizer") not in (None, self._settings.tokenizer, self._settings.model.init_args.backbone):
+            self._settings.tokenizer = data["tokenizer"]
+        seed = self._settings.seed_everything
+        if not isinstance(seed, bool) and data.get("seed", seed) != seed:
+            raise ValueError(f"data.seed is {data['seed']}, but data take the seed of the run: set seed_everything.")
+
+    def _leave_out_callbacks(self) -> None:
+        configured = _as_list(self._settings.trainer.callbacks)
+        names = [callback.class_path.rpartition(".")[2] for callback in configured]
+        if unknown := sorted(set(self._settings.without) - set(names)):
+            raise ValueError(f"--without {unknown}: no such callback is configured. Configured are {names}.")
+        pairs = zip(configured, names, strict=True)
+        self._settings.trainer.callbacks = [callback for callback, name in pairs if name not in self._settings.without]
+
+    # Running.
+
+    def before_fit(self) -> None:
+        """Measure the model as it is before training."""
+        if self._settings.evaluate_before_fit and not self._settings.ckpt_path:
+            with isolate_rng():  # training draws the same random numbers with and without this
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Measure the trained model."""
+        if self._settings.evaluate_before_fit:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class ConfigByName(ActionConfigFile):
+    """`--config`: a path, or the name of a shipped configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Resolve the name, then apply the file."""
+        try:
+            path = find_config(values)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
+
+
+class ConfigRecord(Callback):
+    """Writes the settings of a run to `config.yaml`; evaluating a run does not replace those it was trained with.
+
+    Args:
+        folder: The run folder.
+        text: The settings as YAML that `--config` reads.
+    """
+
+    def __init__(self, folder: Path, text: str) -> None:
+        """Keep folder and text."""
+        self.path = folder / CONFIG
+        self.text = text
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, whole or not at all."""
+        if stage == "fit" or not self.path.exists():
+            write_atomically(self.path, self.text)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _tokenizer(backbone: Any, tokenizer: str | None, data: Any) -> Any:
+    return data.init_args.get("tokenizer") or tokenizer or backbone
+
+
+def _data_seed(seed: Any, data: Any) -> Any:
+    own = data.init_args.get("seed")
+    return seed if own in (None, DEFAULT_SEED) and not isinstance(seed, bool) else own
+
+
+def _forget_unused_loftq(adapter: Namespace | None) -> None:
+    """Drop a LoftQ section that nobody wrote: parsing spells out its defaults, and PEFT warns when it is not used."""
+    if adapter is not None and adapter.get("init_args") and adapter.init_args.get("init_lora_weights") != "loftq":
+        adapter.init_args.pop("loftq_config", None)

@@ -1,0 +1,47 @@
+"""The folder of one run: which files belong to it, whether it is taken, how it is cleared."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+RECORDS = (CONFIG, "hparams.yaml", "metrics.jsonl", "summary.json", "events.out.tfevents.*", CHECKPOINTS)
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return the files and folders inside `folder` that a run has written; empty if there is none."""
+    return sorted(path for pattern in RECORDS for path in folder.glob(pattern))
+
+
+def require_free(folder: Path) -> None:
+    """Check that no run would be written over.
+
+    Raises:
+        FileExistsError: If the folder already holds a run.
+        NotADirectoryError: If it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"The output {folder} is a file; expected a folder that --output may create or fill.")
+    if found := [path.name for path in run_files(folder)]:
+        raise FileExistsError(
+            f"The output folder {folder} already holds a run ({', '.join(found)}). Choose another "
+            "--output, replace the run with --overwrite, or resume it with "
+            f"--ckpt_path {folder / CHECKPOINTS / 'last.ckpt'}."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of an earlier run, and nothing else that may lie in the folder."""
+    for path in run_files(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def run_folder_of(checkpoint: Path) -> Path | None:
+    """Return the run folder whose `checkpoints/` holds this checkpoint, None if it lies elsewhere."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() else None
