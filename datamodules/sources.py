@@ -48,17 +48,20 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
             raise ValueError(
                 f"{file}: cannot read {file.suffix or 'a file without an ending'}; use {', '.join(READERS)}."
             )
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty: expected one row a line under the task's columns.")
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
     if len(kinds := {file.suffix for file in files}) > 1:
         raise ValueError(f"{files[0].parent}: one split mixes file types {sorted(kinds)}. Set `source` to one file.")
-    builder, options = READERS[files[0].suffix]
+    kind, options = READERS[files[0].suffix]
     with quiet():
         try:
-            paths = [str(file) for file in files]
-            return datasets.load_dataset(builder, data_files={"train": paths}, split="train", **options)
-        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+            builder = datasets.load_dataset_builder(kind, data_files={"train": list(map(str, files))}, **options)
+            builder.download_and_prepare()
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise ValueError(_what_is_wrong(files, error)) from error
+    if not builder.info.splits or not builder.info.splits.total_num_examples:
+        raise ValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
+    return builder.as_dataset(split="train")
 
 
 def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:
@@ -160,4 +163,8 @@ def _what_is_wrong(files: Sequence[Path], error: Exception) -> str:
             except json.JSONDecodeError as cause:
                 line = number if file.suffix == ".jsonl" else cause.lineno
                 return f"{file}, line {line}: not valid JSON ({cause.msg}), possibly truncated: {document[-60:]!r}."
-    return f"Could not read {', '.join(map(str, files))}: {error.__cause__ or error}"
+    return f"Could not read {_names(files)}: {error.__cause__ or error}"
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
