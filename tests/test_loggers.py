@@ -86,6 +86,8 @@ def test_truncation_refuses_a_file_that_is_not_ours(tmp_path: Path) -> None:
     assert logger.path.read_text().startswith("step,loss")
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 def test_trainer_puts_metrics_and_checkpoints_directly_in_the_folder(tmp_path: Path) -> None:
     class Logged(BoringModel):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
