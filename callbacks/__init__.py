@@ -1,7 +1,19 @@
 """When things happen during training: schedules and logging, never the maths."""
 
+from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.progress import GeometryProgressBar
+from grit_lightning.callbacks.rank_adaptation import RankAdaptation
+from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.callbacks.run_record import RunRecord
+from grit_lightning.callbacks.spectra import SpectraLogger
 from grit_lightning.callbacks.step_timer import StepTimer
 
-__all__ = ["GeometryProgressBar", "RunRecord", "StepTimer"]
+__all__ = [
+    "GeometryCallback",
+    "GeometryProgressBar",
+    "RankAdaptation",
+    "Reprojection",
+    "RunRecord",
+    "SpectraLogger",
+    "StepTimer",
+]

@@ -73,13 +73,13 @@ class GritLitModule(LightningModule):
         super().__init__()
         if not 0.0 <= warmup_fraction <= 1.0:
             raise ValueError(f"warmup_fraction must lie in [0, 1], got {warmup_fraction}.")
-        self.backbone = backbone
         self.adapter_config = get_peft_config(dict(adapter)) if isinstance(adapter, Mapping) else adapter
         self.geometry_config = GeometryConfig(**geometry) if isinstance(geometry, Mapping) else geometry
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.warmup_fraction = warmup_fraction
-        self.loading = {
+        self.loading: dict[str, Any] = {  # a dict, so that an instance does not become a submodule a second time
+            "source": backbone,
             "dtype": dtype,
             "quantization": quantization,
             "gradient_checkpointing": gradient_checkpointing,
@@ -89,7 +89,6 @@ class GritLitModule(LightningModule):
         self.model: PeftModel | None = None
         self.geometry: RankSpaceGeometry | None = None
         self.metrics = torch.nn.ModuleDict()
-        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is all there
         self._window_micro_batches = 0
         self._window_losses: list[Tensor] = []
         self._accepts_position_ids = False
@@ -97,10 +96,13 @@ class GritLitModule(LightningModule):
 
     def _plain_hyperparameters(self) -> dict[str, Any]:
         """Constructor arguments as plain values, so that checkpoints load with weights_only=True."""
-        name = self.backbone if isinstance(self.backbone, str) else self.backbone.config._name_or_path
-        geometry = None if self.geometry_config is None else self.geometry_config.to_dict()
-        adapter = _plain(self.adapter_config.to_dict())
-        return {"backbone": name, "adapter": adapter, "geometry": geometry} | self.loading
+        options = dict(self.loading)
+        source = options.pop("source")
+        return {
+            "backbone": source.config._name_or_path if isinstance(source, PreTrainedModel) else str(source),
+            "adapter": _plain(self.adapter_config.to_dict()),
+            "geometry": None if self.geometry_config is None else self.geometry_config.to_dict(),
+        } | options
 
     # Building.
 
@@ -112,7 +114,7 @@ class GritLitModule(LightningModule):
         """
         if self.model is not None:
             return
-        model = attach_adapter(load_backbone(self.backbone, **self.loading), self.adapter_config)
+        model = attach_adapter(load_backbone(**self.loading), self.adapter_config)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
         self._accepts_position_ids = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
         self.model, self.geometry = model, geometry
@@ -260,10 +262,23 @@ class GritLitModule(LightningModule):
 
     # Checkpoints.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapter, drop the frozen backbone, add the geometry and the rank map."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained parameters only: the frozen backbone is never written."""
         trained = self._trained_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the trained parameters; the backbone keeps its own.
+
+        Raises:
+            ValueError: If the parameters are not exactly those of this adapter.
+        """
+        self._check_adapter(state_dict)
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the geometry and the rank map."""
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": CHECKPOINT_FORMAT,
             "geometry": None if self.geometry is None else self.geometry.state_dict(),
@@ -274,24 +289,25 @@ class GritLitModule(LightningModule):
         """Check that the checkpoint fits this model, and restore the geometry.
 
         Raises:
-            ValueError: If the checkpoint is not one of this class, of another format version, or its adapter has other
-                parameters or shapes.
+            ValueError: If the checkpoint is not one of this class, of another format version, or of another adapter.
         """
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None or saved["format_version"] != CHECKPOINT_FORMAT:
             found = "no such entry" if saved is None else f"version {saved['format_version']}"
             raise ValueError(f"Expected a GRIT checkpoint of format version {CHECKPOINT_FORMAT}, found {found}.")
-        own = self.state_dict()
-        expected = {name: tuple(own[name].shape) for name in self._trained_names()}
-        found_shapes = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        if expected != found_shapes:
-            different = sorted(set(expected.items()) ^ set(found_shapes.items()))
+        self._check_adapter(checkpoint["state_dict"])
+        if self.geometry is not None and saved["geometry"] is not None:
+            self.geometry.load_state_dict(saved["geometry"])
+
+    def _check_adapter(self, state: Mapping[str, Tensor]) -> None:
+        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        if expected != found:
+            different = sorted(set(expected.items()) ^ set(found.items()))
             raise ValueError(
                 f"The checkpoint's adapter does not fit this model: {len(different)} parameters differ, first {different[:2]}. "
                 "Use the backbone and adapter configuration that the checkpoint was trained with."
             )
-        if self.geometry is not None and saved["geometry"] is not None:
-            self.geometry.load_state_dict(saved["geometry"])
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
