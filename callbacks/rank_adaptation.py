@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from grit_lightning import functional as F
@@ -68,7 +67,8 @@ class RankAdaptation(GeometryCallback):
         largest = max(group.r for group in geometry.groups)
         if self.min_rank > largest:
             raise ValueError(
-                f"RankAdaptation.min_rank is {self.min_rank}, but the adapter's rank is {largest}: set min_rank to at most {largest}."
+                f"RankAdaptation.min_rank is {self.min_rank}, but the adapter's rank is {largest}: "
+                f"set min_rank to at most {largest}."
             )
 
     def decide(self, group: RankGroup) -> Tensor:

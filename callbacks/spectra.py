@@ -28,7 +28,9 @@ class SpectraLogger(GeometryCallback):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, every_n_steps: int = 50, start_step: int = 0, energy: float = 0.9, per_layer: bool = True) -> None:
+    def __init__(
+        self, every_n_steps: int = 50, start_step: int = 0, energy: float = 0.9, per_layer: bool = True
+    ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step)
         if not 0.0 < energy <= 1.0:
@@ -41,7 +43,7 @@ class SpectraLogger(GeometryCallback):
         geometry.reduce()
         quantities, spectra = self.summarise(geometry)
         means = {f"grit/{name}": sum(layers.values()) / len(layers) for name, layers in quantities.items()}
-        self.log_dict(means, on_step=True, on_epoch=False, batch_size=1)
+        trainer.lightning_module.log_dict(means, on_step=True, on_epoch=False, batch_size=1)
         if not trainer.is_global_zero:
             return
         if self.per_layer and trainer.loggers:

@@ -90,7 +90,9 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
             )
         down = module.lora_A[active[0]] if active else None
         if not isinstance(down, nn.Linear) or active[0] in module.lora_variant:
-            variant = type(module.lora_variant[active[0]]).__name__ if active and active[0] in module.lora_variant else ""
+            variant = (
+                type(module.lora_variant[active[0]]).__name__ if active and active[0] in module.lora_variant else ""
+            )
             raise ValueError(
                 f"Layer '{name}' ({type(module).__name__}{' ' + variant if variant else ''}) is not a plain linear LoRA "
                 "layer. Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."

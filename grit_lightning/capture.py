@@ -61,7 +61,7 @@ class RankSpaceCapture:
         for handle in self._handles:
             handle.remove()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph break; the hook runs eagerly
     def _on_forward(self, group: RankGroup, index: int, module: nn.Module, args: Any, output: Tensor) -> None:
         mask = self._token_mask
         if mask is None or not output.requires_grad:

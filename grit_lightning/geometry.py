@@ -244,7 +244,7 @@ class RankSpaceGeometry:
         reduced = bool((group.ranks < group.r).any())
         if not active and not reduced:
             return
-        swapped = self.config.pairing == F.Pairing.SWAPPED
+        swapped = self.config.pairing == F.Pairing.SWAPPED.value
         left, right = (group.a_inverse, group.g_inverse) if swapped else (group.g_inverse, group.a_inverse)
         kept = group.kept.float()
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, get_peft_config
 from torch import Tensor
@@ -216,7 +216,9 @@ class GritLitModule(LightningModule):
                 "instead of float16, or look for rows without label tokens in the data."
             )
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if micro_batches < self.trainer.accumulate_grad_batches:  # the last window of an epoch; Lightning divided by all
+        if (
+            micro_batches < self.trainer.accumulate_grad_batches
+        ):  # the last window of an epoch; Lightning divided by all
             torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches / micro_batches)
         if self.geometry is None:
             return
@@ -262,7 +264,7 @@ class GritLitModule(LightningModule):
 
     # Checkpoints.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
         """The trained parameters only: the frozen backbone is never written."""
         trained = self._trained_names()
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}

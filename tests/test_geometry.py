@@ -77,9 +77,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def split(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    return [
-        {key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["input_ids"]), size)
-    ]
+    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
 
 
 @pytest.mark.parametrize("size", [8, 4, 1, 3])
@@ -296,7 +294,9 @@ def test_reprojection_projects_as_the_method_says_and_statistics_follow(
             assert relative_error(delta, up.double() @ p_g @ p_a @ down.double()) < 1e-4
         assert torch.linalg.matrix_rank(delta) == 2
         assert bool((site.up.weight[:, 2:] == 0).all())
-    expected = reference_covariances(model, [batch])  # with the new factors, on the inputs the old ones were measured on
+    expected = reference_covariances(
+        model, [batch]
+    )  # with the new factors, on the inputs the old ones were measured on
     first = next(iter(geometry.layers.values()))
     assert relative_error(first.a_cov, expected[first.name][0]) < 1e-4
 
@@ -359,5 +359,3 @@ def test_layers_of_different_rank_form_their_own_groups(
     assert sorted(group.r for group in geometry.groups) == [2, 4]
     for name, view in geometry.layers.items():
         assert relative_error(view.a_cov, expected[name][0]) < 1e-4
-
-

@@ -138,7 +138,9 @@ def test_the_last_partial_window_has_gradients_of_full_size(
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_preconditioning_happens_before_clipping(make_module: Callable[..., Any], batches: Batches, tmp_path: Path) -> None:
+def test_preconditioning_happens_before_clipping(
+    make_module: Callable[..., Any], batches: Batches, tmp_path: Path
+) -> None:
     norms: list[float] = []
 
     class AfterClipping(torch.optim.SGD):
@@ -180,7 +182,9 @@ def test_a_checkpoint_of_another_adapter_is_refused(
     run.save_checkpoint(tmp_path / "run.ckpt")
     other = make_module(adapter=lora_config(r=8))
     with pytest.raises(ValueError, match="does not fit this model"):
-        trainer(tmp_path, max_epochs=2).fit(other, loader(batches), loader(batches[:1]), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+        trainer(tmp_path, max_epochs=2).fit(
+            other, loader(batches), loader(batches[:1]), ckpt_path=tmp_path / "run.ckpt", weights_only=True
+        )
 
 
 def callbacks_in_every_combination() -> Iterator[list[str]]:
@@ -227,7 +231,9 @@ def test_order_of_callbacks_does_not_change_the_ranks(
     assert ranks[0] == ranks[1]
 
 
-@pytest.mark.parametrize("callback", [Reprojection(), RankAdaptation(), SpectraLogger()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "callback", [Reprojection(), RankAdaptation(), SpectraLogger()], ids=lambda c: type(c).__name__
+)
 def test_a_callback_without_geometry_says_what_to_change(
     make_module: Callable[..., Any], batches: Batches, tmp_path: Path, callback: Callback
 ) -> None:
@@ -253,11 +259,15 @@ def test_bad_callback_settings_are_named(callback: Callable[[], Callback], messa
         callback()
 
 
-def test_a_k_beyond_the_adapter_rank_is_refused(make_module: Callable[..., Any], batches: Batches, tmp_path: Path) -> None:
+def test_a_k_beyond_the_adapter_rank_is_refused(
+    make_module: Callable[..., Any], batches: Batches, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"reprojection_k.* is 8, but the adapter's rank is 4"):
         trainer(tmp_path, callbacks=[Reprojection(k=8)]).fit(make_module(), loader(batches), loader(batches[:1]))
     with pytest.raises(ValueError, match="min_rank is 8, but the adapter's rank is 4"):
-        trainer(tmp_path, callbacks=[RankAdaptation(min_rank=8)]).fit(make_module(), loader(batches), loader(batches[:1]))
+        trainer(tmp_path, callbacks=[RankAdaptation(min_rank=8)]).fit(
+            make_module(), loader(batches), loader(batches[:1])
+        )
 
 
 def test_a_non_finite_loss_stops_before_the_weights_change(
@@ -301,7 +311,10 @@ def test_left_padding_changes_neither_loss_nor_statistics(
     make_module: Callable[..., Any], random_batch: Callable[..., Any], tmp_path: Path
 ) -> None:
     right = random_batch(batch=4, length=12, pad=[0, 2, 5, 1], prompt=2)
-    left = {key: torch.stack([row.roll(n) for row, n in zip(value, [0, 2, 5, 1], strict=True)]) for key, value in right.items()}
+    left = {
+        key: torch.stack([row.roll(n) for row, n in zip(value, [0, 2, 5, 1], strict=True)])
+        for key, value in right.items()
+    }
     modules = [make_module(), make_module()]
     for module, batch in zip(modules, (right, left), strict=True):
         fit(module, [batch] * 3, tmp_path)
