@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ def model_settings(checkpoint: Path) -> dict[str, Any]:
         checkpoint: Path of a Lightning checkpoint. It is read with `weights_only`, so no code in it can run.
 
     Raises:
-        ValueError: If it does not hold the hyperparameters of a `GritLitModule`.
+        ValueError: If it cannot be read, or does not hold the hyperparameters of a `GritLitModule`.
     """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from error
     saved = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     if "adapter" not in saved or "backbone" not in saved:
         raise ValueError(f"{checkpoint} is no checkpoint of GritLitModule: its hyperparameters are {sorted(saved)}.")

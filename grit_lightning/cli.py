@@ -6,13 +6,14 @@ checkpoint of `--ckpt_path`, the other command-line options. A run writes into o
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -20,15 +21,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
+from grit_lightning.callbacks.config_record import ConfigRecord
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.checkpoints import model_settings
 from grit_lightning.configs import find_config
-from grit_lightning.errors import one_line_errors
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
-from grit_lightning.records import write_atomically
 from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_folder_of
+from grit_lightning.terminal import one_line_errors, silence_known_noise
 
 __all__ = ["GritCLI", "callbacks", "datamodules", "main"]
 
@@ -42,6 +43,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command-line words; those of the process when None.
     """
+    silence_known_noise()
     with one_line_errors():
         GritCLI(sys.argv[1:] if args is None else args)
 
@@ -54,22 +56,31 @@ class GritCLI(LightningCLI):
     """
 
     def __init__(self, words: list[str]) -> None:
-        """Parse, build and run."""
+        """Parse, build and run. A run that fails before its work begins leaves nothing behind."""
         self.words = list(words)
-        self.folder, self.record = Path(), ""
-        super().__init__(
-            model_class=GritLitModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,  # ConfigRecord instead: atomic, and in the run folder whatever the loggers are
-            seed_everything_default=DEFAULT_SEED,
-            auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
-            load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
-            # an error stands below the usage, and Lightning's would be two screens of options
-            parser_kwargs={name: {"usage": "%(prog)s [--config NAME] [--help] [options]"} for name in self.subcommands()},
-            args=self.words,
-        )
+        self.folder = Path()
+        self.config_record: ConfigRecord | None = None
+        usage = {"usage": "%(prog)s [--config NAME] [--help] [options]"}  # in full it buries the error that follows it
+        try:
+            super().__init__(
+                model_class=GritLitModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,  # ConfigRecord: atomic, and in the run folder whatever the loggers are
+                seed_everything_default=DEFAULT_SEED,
+                auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
+                load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
+                parser_kwargs={name: dict(usage) for name in self.subcommands()},
+            )
+        except BaseException:
+            self._leave_nothing_half_written()
+            raise
+
+    def _leave_nothing_half_written(self) -> None:
+        if self.config_record is None or self.config_record.training_began or self._continues:
+            return
+        rank_zero_only(clear)(self.folder)
 
     # Parsing.
 
@@ -98,20 +109,29 @@ class GritCLI(LightningCLI):
         parser.link_arguments(("seed_everything", "data"), "data.init_args.seed", _data_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the words."""
-        self.config = parser.parse_args(self.words)
+        """Parse the words, with the model settings of a checkpoint between the configuration files and the options."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--ckpt_path")
+        named = finder.parse_known_args(self.words)[0].ckpt_path
+        self.config = parser.parse_args(self._with_checkpoint(named))
+        in_a_file = self._settings.get("ckpt_path")
+        if in_a_file != named:
+            self.config = parser.parse_args(self._with_checkpoint(in_a_file))
 
     def _parse_ckpt_path(self) -> None:
-        """Parse again, with the model settings of the checkpoint between the configuration files and the options."""
-        checkpoint = self._settings.get("ckpt_path")
+        """Nothing: `parse_arguments` has done it. Lightning's lets the checkpoint win over the command line."""
+
+    def _with_checkpoint(self, checkpoint: str | None) -> list[str]:
         if not checkpoint or not Path(checkpoint).is_file():
-            return
-        end = self.words.index(self.config.subcommand) + 1
+            return self.words
+        end = 1
         for position, word in enumerate(self.words):
-            if word.partition("=")[0] in ("-c", "--config"):
+            if word in self.subcommands():
+                end = max(end, position + 1)
+            elif word.partition("=")[0] in ("-c", "--config"):
                 end = max(end, position + (1 if "=" in word else 2))
-        saved = [f"--model.{key}={json.dumps(value)}" for key, value in model_settings(Path(checkpoint)).items()]
-        self.config = self.parser.parse_args([*self.words[:end], *saved, *self.words[end:]])
+        saved = json.dumps({"init_args": model_settings(Path(checkpoint))})
+        return [*self.words[:end], f"--model={saved}", *self.words[end:]]
 
     @property
     def _settings(self) -> Namespace:
@@ -124,9 +144,13 @@ class GritCLI(LightningCLI):
         """Settle the run folder, before anything is built.
 
         Raises:
+            FileNotFoundError: If there is no such checkpoint.
             FileExistsError: If it already holds a run that is neither continued nor to be overwritten.
             ValueError: If `without` names a callback that is not there, or the data module has a seed of its own.
         """
+        checkpoint = self._settings.get("ckpt_path")
+        if checkpoint and checkpoint.endswith(".ckpt") and not Path(checkpoint).exists():
+            raise FileNotFoundError(f"--ckpt_path {checkpoint} does not exist.")
         self._name_once()
         self.folder = self._choose_folder()
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
@@ -149,9 +173,12 @@ class GritCLI(LightningCLI):
             if wanted and not any(isinstance(other, unless) for other in own):
                 own.append(callback)
 
-        table: Literal["fit_end", "evaluation_end"] = "evaluation_end" if self._settings.evaluate_before_fit else "fit_end"
+        table: Literal["fit_end", "evaluation_end"] = (
+            "evaluation_end" if self._settings.evaluate_before_fit else "fit_end"
+        )
         add(RunRecord(str(self.folder), table), unless=RunRecord)
-        add(ConfigRecord(self.folder, self.record), unless=ConfigRecord, wanted=not given.fast_dev_run)
+        self.config_record = ConfigRecord(None if given.fast_dev_run else self.folder / CONFIG, self.record)
+        own.append(self.config_record)
         if not given.barebones:
             kwargs["logger"] = self._loggers(given.logger)
             checkpoints = ModelCheckpoint(self.folder / CHECKPOINTS, save_last="link")
@@ -184,7 +211,7 @@ class GritCLI(LightningCLI):
         checkpoint = self._settings.get("ckpt_path")
         if not checkpoint:
             return False
-        return not Path(checkpoint).is_file() or Path(checkpoint).resolve().is_relative_to(self.folder.resolve())
+        return not Path(checkpoint).exists() or Path(checkpoint).resolve().is_relative_to(self.folder.resolve())
 
     def _name_once(self) -> None:
         """Keep backbone and seed from being recorded twice: a later `--model.backbone` must reach the tokenizer too."""
@@ -205,15 +232,19 @@ class GritCLI(LightningCLI):
 
     # Running.
 
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self._settings.evaluate_before_fit)
+
     def before_fit(self) -> None:
-        """Measure the model as it is before training."""
-        if self._settings.evaluate_before_fit and not self._settings.ckpt_path:
+        """Measure the model as it is before training; a resumed run has done that."""
+        if self._evaluates and not self._settings.ckpt_path:
             with isolate_rng():  # training draws the same random numbers with and without this
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
         """Measure the trained model."""
-        if self._settings.evaluate_before_fit:
+        if self._evaluates:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
@@ -227,26 +258,6 @@ class ConfigByName(ActionConfigFile):
         except FileNotFoundError as error:
             parser.error(str(error))
         super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
-
-
-class ConfigRecord(Callback):
-    """Writes the settings of a run to `config.yaml`; evaluating a run does not replace those it was trained with.
-
-    Args:
-        folder: The run folder.
-        text: The settings as YAML that `--config` reads.
-    """
-
-    def __init__(self, folder: Path, text: str) -> None:
-        """Keep folder and text."""
-        self.path = folder / CONFIG
-        self.text = text
-
-    @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it, whole or not at all."""
-        if stage == "fit" or not self.path.exists():
-            write_atomically(self.path, self.text)
 
 
 def _as_list(value: Any) -> list[Any]:

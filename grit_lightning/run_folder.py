@@ -33,12 +33,14 @@ def require_free(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie in the folder."""
+    """Remove the files of a run, nothing else that may lie in the folder, and the folder if it is empty then."""
     for path in run_files(folder):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:

@@ -1,16 +1,25 @@
-"""How errors reach the user of the command line: mistakes in the input as one line, everything else as a traceback."""
+"""What reaches the terminal: mistakes in the input as one line, other errors as a traceback, and no noise."""
 
 from __future__ import annotations
 
 import dis
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError)
+
+
+def silence_known_noise() -> None:
+    """Drop what Lightning says about its own internals and about other products."""
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    messages.addFilter(lambda record: not record.getMessage().startswith("💡"))
 
 
 @contextmanager

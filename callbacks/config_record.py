@@ -1,0 +1,42 @@
+"""config.yaml: the settings of a run, in a form that `--config` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from grit_lightning.records import write_atomically
+
+
+class ConfigRecord(Callback):
+    """Writes the settings of a run to a file, and knows whether training has begun.
+
+    Evaluating a run does not replace the settings that it was trained with. Only rank zero writes.
+
+    Attributes:
+        training_began: Whether every check has passed and a first batch was next.
+    """
+
+    def __init__(self, path: Path | None, text: str) -> None:
+        """Keeps path and text.
+
+        Args:
+            path: Where to write; None writes nothing.
+            text: The settings as YAML.
+        """
+        self.path = path
+        self.text = text
+        self.training_began = False
+
+    @rank_zero_only
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes the file, whole or not at all."""
+        if self.path is not None and (stage == "fit" or not self.path.exists()):
+            write_atomically(self.path, self.text)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes that the work has begun."""
+        self.training_began = True
