@@ -95,6 +95,7 @@ class RankSpaceGeometry:
             for index, site in enumerate(group.sites)
         }
         self.reprojection_count = 0
+        self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)
         self._capture = RankSpaceCapture(self.groups, self.stopwatch)
         self._micro_batches = 0
@@ -197,8 +198,11 @@ class RankSpaceGeometry:
     # Preconditioning.
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, precondition: bool = True) -> None:
         """Close the accumulation window: update statistics, refresh inverses when due, precondition `.grad` in place.
+
+        Args:
+            precondition: False leaves gradients raw, for an optimizer that applies the geometry itself.
 
         Raises:
             RuntimeError: At the first refresh, if a layer has sent no statistics; the message names the layers.
@@ -215,7 +219,7 @@ class RankSpaceGeometry:
                 self._require_all_heard()
                 self.refresh()
             for group in self.groups:
-                self._precondition(group)
+                self._precondition(group, precondition)
 
     @property
     def refresh_due(self) -> bool:
@@ -228,19 +232,25 @@ class RankSpaceGeometry:
             kept = group.kept
             block = kept.unsqueeze(-1) & kept.unsqueeze(-2)
             device = torch.device("cpu") if self.config.kfac_inversion_device == "cpu" else group.device
-            inverses = []
+            inverses, bases = [], []
             for cov in (group.a_cov, group.g_cov):
                 cov = cov.masked_fill(~block, 0.0).to(device)
+                if self.compute_bases:
+                    bases.append(F.eigenbasis(cov)[1].to(group.device))
                 damping = F.damping_levels(cov, self.config.kfac_damping, self.config.damping_mode)
                 result = F.damped_inverse(cov, damping)
                 group.escalations += result.attempts.to(group.device).clamp(min=1) - 1
                 inverses.append(result.inverse.to(group.device))
             group.a_inverse, group.g_inverse = inverses
             group.ready = group.tokens >= self.config.kfac_min_samples
+            if self.compute_bases:
+                identity = torch.eye(group.r, device=group.device)
+                group.a_basis, group.g_basis = (torch.where(group.ready.view(-1, 1, 1), u, identity) for u in bases)
+                group.basis_version += 1
 
-    def _precondition(self, group: RankGroup) -> None:
+    def _precondition(self, group: RankGroup, wanted: bool) -> None:
         """Precondition the gradients of one group, and keep dropped directions still."""
-        active = self._steps > self.config.ng_warmup_steps and bool(group.ready.any())
+        active = wanted and self._steps > self.config.ng_warmup_steps and bool(group.ready.any())
         reduced = bool((group.ranks < group.r).any())
         if not active and not reduced:
             return

@@ -22,6 +22,7 @@ from grit_lightning.backbones import attach_adapter, load_backbone
 from grit_lightning.config import GeometryConfig
 from grit_lightning.evaluation import choice_scores, position_ids
 from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.optimizers import GeometryAdam
 
 IGNORED_LABEL = -100
 CHECKPOINT_KEY = "grit"
@@ -130,6 +131,13 @@ class GritLitModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the injected optimizer over the adapter, and its schedule."""
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if isinstance(optimizer, GeometryAdam):
+            if self.geometry is None:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} needs the rank-space geometry. Set model.geometry to a GeometryConfig, or "
+                    "use torch.optim.AdamW."
+                )
+            optimizer.bind(self.geometry)
         if self.scheduler_factory is None:
             return optimizer
         if self.scheduler_factory == "cosine":
@@ -225,7 +233,7 @@ class GritLitModule(LightningModule):
         if self._scaler is not None and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
             self.geometry.discard_window()  # the scaler will skip this step
             return
-        self.geometry.step()
+        self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and, for closed answers, the task's classification metrics."""
@@ -313,6 +321,11 @@ class GritLitModule(LightningModule):
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the torch optimizer inside Lightning's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def label_token_count(labels: Tensor) -> Tensor:

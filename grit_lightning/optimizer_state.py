@@ -29,13 +29,14 @@ def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.Reproj
         group: Layers that were reprojected.
         maps: Their maps `[L, r, r]`.
     """
+    _move_bases(optimizer, group, maps)
     kept = group.kept.float()
     names = {
         name
         for side in ("a", "b")
         for factor in group.factors(side)
         for name, value in optimizer.state.get(factor, {}).items()
-        if torch.is_tensor(value) and value.shape == factor.shape
+        if torch.is_tensor(value) and value.shape == factor.shape and "basis" not in optimizer.state[factor]
     }
     unknown = sorted(names - FIRST_MOMENTS - SECOND_MOMENTS)
     if unknown:
@@ -47,6 +48,16 @@ def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.Reproj
     for name in sorted(names):
         for side in ("a", "b"):
             group.apply(side, _reader(optimizer, name), _carrier(name, side, maps, kept))
+
+
+def _move_bases(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+    """Moments kept in a basis of their own stay as they are; the basis is what moves."""
+    left, right = F.gradient_maps(maps)
+    for side, change in (("a", left), ("b", right.mT)):
+        for index, factor in enumerate(group.factors(side)):
+            state = optimizer.state.get(factor, {})
+            if "basis" in state:
+                state["basis"], state["version"] = change[index] @ state["basis"], -1
 
 
 def _reader(optimizer: Optimizer, name: str) -> Callable[[Tensor], Tensor | None]:

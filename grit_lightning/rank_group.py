@@ -63,10 +63,16 @@ class RankGroup:
         ranks: `[L]` int64 on the CPU, effective rank k: the first k coordinates carry the adapter.
         a_inverse: `[L, r, r]`, (Σ_a + λI)⁻¹ as of the last refresh.
         g_inverse: `[L, r, r]`, (Σ_g + λI)⁻¹ as of the last refresh.
-        ready: `[L]` bool, layers whose inverses may be applied.
+        a_basis: `[L, r, r]`, eigenvectors of Σ_a as of the last refresh, if the optimizer wants them.
+        g_basis: `[L, r, r]`, eigenvectors of Σ_g, likewise.
+        basis_version: Counts refreshes of the bases.
+        ready: `[L]` bool, layers whose inverses and bases may be applied.
     """
 
-    PERSISTENT = ("tokens", "rejected", "fallbacks", "escalations", "ranks", "a_inverse", "g_inverse", "ready")
+    PERSISTENT = (
+        *("tokens", "rejected", "fallbacks", "escalations", "ranks"),
+        *("a_inverse", "g_inverse", "a_basis", "g_basis", "ready"),
+    )
 
     def __init__(self, sites: Sequence[LoraSite]) -> None:
         """Allocate empty state for `sites`, which share one rank."""
@@ -81,6 +87,8 @@ class RankGroup:
         self.ranks = torch.full((layers,), self.r, dtype=torch.int64)
         identity = torch.eye(self.r).expand(layers, self.r, self.r)
         self.a_inverse, self.g_inverse = identity.clone(), identity.clone()
+        self.a_basis, self.g_basis = identity.clone(), identity.clone()
+        self.basis_version = 0
         self.ready = torch.zeros(layers, dtype=torch.bool)
         self.calls = [0] * layers
         self.heard = [False] * layers
@@ -105,7 +113,8 @@ class RankGroup:
         state: dict[str, Any] = {name: getattr(self, name).detach().cpu().clone() for name in self.PERSISTENT}
         for part in ("window", "local", "total"):
             state[part] = [tensor.detach().cpu().clone() for tensor in getattr(self, part).tensors()]
-        return state | {"layers": [site.name for site in self.sites], "heard": list(self.heard)}
+        names = [site.name for site in self.sites]
+        return state | {"layers": names, "heard": list(self.heard), "basis_version": self.basis_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -127,6 +136,7 @@ class RankGroup:
             for tensor, value in zip(target.tensors(), state[part], strict=True):
                 tensor.copy_(value)
         self.heard = list(state["heard"])
+        self.basis_version = state["basis_version"]
 
     # Views.
 

@@ -1,0 +1,165 @@
+"""Optimizers that live in the geometry: against AdamW in rotated coordinates, and under reprojection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
+from grit_lightning.callbacks.reprojection import maps_rule
+from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam, NaturalAdam
+
+
+@pytest.fixture
+def model(make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any]) -> PeftModel:
+    return get_peft_model(make_tiny_llama(), lora_config()).double()
+
+
+def random_spd(layers: int, r: int, seed: int) -> Tensor:
+    root = torch.randn(layers, r, r, generator=torch.Generator().manual_seed(seed))
+    return root @ root.mT + 0.1 * torch.eye(r)
+
+
+def with_statistics(model: PeftModel, **config: Any) -> RankSpaceGeometry:
+    """A geometry whose covariances are random, as if observed."""
+    geometry = RankSpaceGeometry(model, GeometryConfig(**config))
+    for group in geometry.groups:
+        layers = len(group.sites)
+        group.total.a, group.total.g = random_spd(layers, group.r, 1), random_spd(layers, group.r, 2)
+        group.total.weight = torch.ones(layers)
+        group.tokens += 1000
+    return geometry
+
+
+def set_gradients(parameters: list[Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def trained(model: PeftModel) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("rule", [EigenbasisAdam, NaturalAdam])
+def test_without_statistics_the_rule_is_adamw(model: PeftModel, rule: type[GeometryAdam]) -> None:
+    parameters = trained(model)
+    twins = [p.detach().clone().requires_grad_() for p in parameters]
+    optimizer = rule(parameters, lr=0.1, weight_decay=0.2)
+    optimizer.bind(RankSpaceGeometry(model, GeometryConfig()))
+    reference = torch.optim.AdamW(twins, lr=0.1, weight_decay=0.2)
+    for seed in range(4):
+        set_gradients(parameters, seed)
+        set_gradients(twins, seed)
+        optimizer.step()
+        reference.step()
+    for p, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-10, atol=1e-12)
+
+
+def test_eigenbasis_is_adamw_on_rotated_factors(model: PeftModel) -> None:
+    """With fixed bases, training A with EigenbasisAdam is training U_Gᵀ A with AdamW, and B likewise with B U_A."""
+    geometry = with_statistics(model)
+    parameters = trained(model)
+    optimizer = EigenbasisAdam(parameters, lr=0.1, weight_decay=0.2)
+    optimizer.bind(geometry)
+    geometry.refresh()
+    rotations, twins = [], []
+    for p in parameters:
+        group, side, index = optimizer._where[p]
+        cov = (group.total.g if side == "a" else group.total.a)[index].double()
+        u = torch.linalg.eigh(cov)[1]
+        rotations.append((side, u))
+        twins.append((u.T @ p if side == "a" else p @ u).detach().requires_grad_())
+    reference = torch.optim.AdamW(twins, lr=0.1, weight_decay=0.2)
+    for seed in range(4):
+        set_gradients(parameters, seed)
+        for p, twin, (side, u) in zip(parameters, twins, rotations, strict=True):
+            twin.grad = u.T @ p.grad if side == "a" else p.grad @ u
+        optimizer.step()
+        reference.step()
+    for p, twin, (side, u) in zip(parameters, twins, rotations, strict=True):
+        torch.testing.assert_close(p, u @ twin if side == "a" else twin @ u.T, rtol=1e-4, atol=1e-5)
+
+
+def test_moments_follow_a_moving_basis(model: PeftModel) -> None:
+    """The momentum, seen in the parameters' own coordinates, is the average of raw gradients whatever the basis does."""
+    geometry = with_statistics(model)
+    parameters = trained(model)
+    optimizer = EigenbasisAdam(parameters, lr=0.0)
+    optimizer.bind(geometry)
+    expected = [torch.zeros_like(p) for p in parameters]
+    for seed in range(3):
+        for group in geometry.groups:
+            group.total.a = random_spd(len(group.sites), group.r, 10 + seed)
+            group.total.g = random_spd(len(group.sites), group.r, 20 + seed)
+        geometry.refresh()
+        set_gradients(parameters, seed)
+        optimizer.step()
+        expected = [0.9 * m + 0.1 * p.grad for m, p in zip(expected, parameters, strict=True)]
+    for p, momentum in zip(parameters, expected, strict=True):
+        state, side = optimizer.state[p], optimizer._where[p][1]
+        basis = state["basis"].double()
+        found = basis @ state["exp_avg"] if side == "a" else state["exp_avg"] @ basis.T
+        torch.testing.assert_close(found, momentum, rtol=1e-4, atol=1e-5)
+        assert bool((state["exp_avg_sq"] >= 0).all())
+
+
+def test_natural_steps_along_the_kfac_direction_with_adams_length(model: PeftModel) -> None:
+    geometry = with_statistics(model, damping_mode="absolute", kfac_damping=0.1)
+    geometry.refresh()
+    parameters = trained(model)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = NaturalAdam(parameters, lr=0.1, weight_decay=0.0)
+    optimizer.bind(geometry)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        group, side, index = optimizer._where[p]
+        cov = (group.total.g if side == "a" else group.total.a)[index].double() + 0.1 * torch.eye(group.r)
+        direction = torch.linalg.solve(cov, p.grad) if side == "a" else torch.linalg.solve(cov, p.grad.T).T
+        step = (old - p).detach()
+        cosine = (step * direction).sum() / step.norm() / direction.norm()
+        assert cosine == pytest.approx(1.0, abs=1e-5)
+        assert step.norm() == pytest.approx(0.1 * p.numel() ** 0.5, rel=1e-3)  # Adam's first step has entries ±1
+
+
+@pytest.mark.parametrize("rule", [EigenbasisAdam, NaturalAdam, torch.optim.AdamW])
+def test_the_rank_holds_through_further_steps(model: PeftModel, rule: Any) -> None:
+    geometry = with_statistics(model)
+    parameters = trained(model)
+    optimizer = rule(parameters, lr=0.1)
+    if isinstance(optimizer, GeometryAdam):
+        optimizer.bind(geometry)
+    geometry._steps = geometry.config.kfac_update_freq
+    for seed in range(6):
+        set_gradients(parameters, seed)
+        geometry.step(precondition=not isinstance(optimizer, GeometryAdam))
+        optimizer.step()
+        if seed == 2:
+            for group in geometry.groups:
+                group.tokens += 1000
+            geometry.reproject(maps_rule("balanced"), dict.fromkeys(geometry.layers, 2), optimizer=optimizer)
+    for group in geometry.groups:
+        for site in group.sites:
+            assert bool((site.up.weight[:, 2:] == 0).all())
+            assert torch.linalg.matrix_rank(site.up.weight @ site.down.weight) == 2
+
+
+def test_a_geometry_optimizer_without_geometry_is_refused(tiny_llama: Any, lora_config: Callable[..., Any]) -> None:
+    module = GritLitModule(tiny_llama, lora_config(), geometry=None, optimizer=EigenbasisAdam, lr_scheduler=None)
+    module.configure_model()
+    with pytest.raises(MisconfigurationException, match=r"EigenbasisAdam needs .* model\.geometry"):
+        module.configure_optimizers()
+
+
+@pytest.mark.parametrize("setting", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}])
+def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="EigenbasisAdam needs"):
+        EigenbasisAdam([torch.zeros(1)], **setting)
