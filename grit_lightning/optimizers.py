@@ -72,7 +72,7 @@ class GeometryAdam(Optimizer):
         }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Raises:
@@ -84,7 +84,8 @@ class GeometryAdam(Optimizer):
                 loss = closure()
         if self._geometry is None:
             raise RuntimeError(
-                f"{type(self).__name__} needs the rank-space geometry: use it in a GritLitModule with `geometry` set, or call bind()."
+                f"{type(self).__name__} needs the rank-space geometry: use it in a GritLitModule with `geometry` set, "
+                "or call bind()."
             )
         for settings in self.param_groups:
             parameters = [p for p in settings["params"] if p.grad is not None]
@@ -184,8 +185,8 @@ class EigenbasisAdam(GeometryAdam):
 class NaturalAdam(GeometryAdam):
     """The K-FAC direction of the momentum, with the length of Adam's update for the same factor.
 
-    d = (Σ_g + λI)⁻¹ m_A and m_B (Σ_a + λI)⁻¹ with m the averaged gradient; the step is d·‖Adam‖/‖d‖ per factor. Before the first
-    refresh, and wherever d is not finite, the step is Adam's.
+    d = (Σ_g + λI)⁻¹ m_A and m_B (Σ_a + λI)⁻¹ with m the averaged gradient; the step is d·‖Adam‖/‖d‖ per factor. Before
+    the first refresh, and wherever d is not finite, the step is Adam's.
     """
 
     def _updates(self, parameters: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
