@@ -85,6 +85,13 @@ def test_decayed_sums_equal_adams_bias_corrected_average_at_constant_count(randn
         torch.testing.assert_close(F.covariance(gram, weight)[0], moment / (1 - beta**step))
 
 
+def test_decay_discounts_the_past_and_never_the_newest():
+    total = torch.zeros(1)
+    for _ in range(3):
+        total = F.accumulate(total, torch.ones(1), decay=0.5)
+    assert total.tolist() == [1.75]
+
+
 def test_decayed_sums_weigh_uneven_batches_by_their_tokens(randn):
     beta, batches = 0.5, [randn(n, 3) for n in (4, 1, 9)]
     gram, weight = torch.zeros(1, 3, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

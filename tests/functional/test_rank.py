@@ -128,6 +128,15 @@ def test_budget_may_differ_between_layers_and_reaches_its_boundary():
     assert F.budget_rank(sigma, torch.tensor([0.5, 2.5, 0.49]), min_rank=0).tolist() == [2, 1, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_budget_that_equals_the_cost_is_enough_despite_rounding(dtype):
+    sigma = torch.tensor([[0.75, 0.67, 0.57, 0.51, 0.39, 0.28, 0.18, 0.17]], dtype=dtype)
+    for k in range(8):
+        budget = 0.5 * math.fsum(s * s for s in (0.75, 0.67, 0.57, 0.51, 0.39, 0.28, 0.18, 0.17)[k:])
+        assert F.budget_rank(sigma, budget, min_rank=0).tolist() == [k]
+        assert F.global_budget_rank(sigma, budget, torch.tensor([3]), min_rank=0).tolist() == [k]
+
+
 def test_a_zero_budget_drops_only_directions_that_cost_nothing(randn):
     rows = randn(1, 6, 2)
     a_cov = rows @ rows.mT
@@ -180,6 +189,15 @@ def test_global_rules_respect_bounds_of_each_layer():
     assert F.global_energy_rank(sigma, 1.0, cost).tolist() == [4, 2]
 
 
+def test_global_rules_count_what_the_bounds_already_decide():
+    cost = torch.tensor([1, 1])
+    # The forced second layer leaves ½ to lose, which is all that the first layer's second direction costs.
+    assert F.global_budget_rank(torch.tensor([[3.0, 1.0], [0.5, 0.0]]), 0.5, cost, min_rank=1).tolist() == [1, 1]
+    # 32 are lost to the first layer's bound whatever is done: the budget of 20 leaves nothing to save on.
+    sigma, limit = torch.tensor([[9.0, 8.0], [3.0, 1.0]]), torch.tensor([1, 2])
+    assert F.global_budget_rank(sigma, 20.0, cost, max_rank=limit).tolist() == [1, 2]
+
+
 def test_global_rule_over_one_layer_is_the_layer_rule(spectra):
     sigma, cost = spectra(1, 6), torch.tensor([7])
     for budget in (1e-3, 0.1, 1.0):
@@ -188,7 +206,7 @@ def test_global_rule_over_one_layer_is_the_layer_rule(spectra):
         assert torch.equal(F.global_energy_rank(sigma, threshold, cost), F.energy_rank(sigma, threshold))
 
 
-@pytest.mark.parametrize("directions", [1, 3, 8])
+@pytest.mark.parametrize("directions", range(1, 9))
 def test_entropy_floor_of_a_flat_spectrum_is_its_number_of_directions(directions):
     values = torch.zeros(1, 8)
     values[:, :directions] = 0.3
