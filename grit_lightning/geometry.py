@@ -251,6 +251,7 @@ class RankSpaceGeometry:
     def _precondition(self, group: RankGroup, wanted: bool) -> None:
         """Precondition the gradients of one group, and keep dropped directions still."""
         active = wanted and self._steps > self.config.ng_warmup_steps and bool(group.ready.any())
+        group.natural = active
         reduced = bool((group.ranks < group.r).any())
         if not active and not reduced:
             return

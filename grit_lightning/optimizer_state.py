@@ -18,10 +18,12 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 
 @torch.no_grad()
 def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
-    """Transform the moments of A and B of all layers of `group` in place, as `functional.reprojection` derives.
+    """Transform the moments of A and B of all layers of `group` in place, as `functional.carry` derives.
 
     First moments are carried exactly (they are linear in the gradients), second moments by the squared maps, which
-    ignores covariances between gradient entries. State of the parameter's shape that is neither is set to zero, with
+    ignores covariances between gradient entries. An average of raw gradients moves like a gradient (A's by b_mapᵀ from the
+    left, B's by a_mapᵀ from the right); an average of preconditioned ones moves like the factors themselves, because
+    (Σ_g')⁻¹ b_mapᵀ ∇A = a_map Σ_g⁻¹ ∇A for b_map = a_map⁻¹. State of the parameter's shape that is neither is set to zero, with
     a warning, since keeping it would apply old coordinates to new ones.
 
     Args:
@@ -47,7 +49,7 @@ def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.Reproj
         )
     for name in sorted(names):
         for side in ("a", "b"):
-            group.apply(side, _reader(optimizer, name), _carrier(name, side, maps, kept))
+            group.apply(side, _reader(optimizer, name), _carrier(name, side, maps, kept, group.natural))
 
 
 def _move_bases(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
@@ -68,8 +70,10 @@ def _reader(optimizer: Optimizer, name: str) -> Callable[[Tensor], Tensor | None
     return read
 
 
-def _carrier(name: str, side: str, maps: F.ReprojectionMaps, kept: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    left, right = F.gradient_maps(maps)
+def _carrier(
+    name: str, side: str, maps: F.ReprojectionMaps, kept: Tensor, natural: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    left, right = maps if natural else F.gradient_maps(maps)
     if name in SECOND_MOMENTS:
         left, right = left.square(), right.square()
 

@@ -66,6 +66,7 @@ class RankGroup:
         a_basis: `[L, r, r]`, eigenvectors of Σ_a as of the last refresh, if the optimizer wants them.
         g_basis: `[L, r, r]`, eigenvectors of Σ_g, likewise.
         basis_version: Counts refreshes of the bases.
+        natural: Whether the optimizer was last handed preconditioned gradients, so that its moments average those.
         ready: `[L]` bool, layers whose inverses and bases may be applied.
     """
 
@@ -90,6 +91,7 @@ class RankGroup:
         self.a_basis, self.g_basis = identity.clone(), identity.clone()
         self.basis_version = 0
         self.ready = torch.zeros(layers, dtype=torch.bool)
+        self.natural = False
         self.calls = [0] * layers
         self.heard = [False] * layers
 
@@ -114,7 +116,12 @@ class RankGroup:
         for part in ("window", "local", "total"):
             state[part] = [tensor.detach().cpu().clone() for tensor in getattr(self, part).tensors()]
         names = [site.name for site in self.sites]
-        return state | {"layers": names, "heard": list(self.heard), "basis_version": self.basis_version}
+        return state | {
+            "layers": names,
+            "heard": list(self.heard),
+            "basis_version": self.basis_version,
+            "natural": self.natural,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -137,6 +144,7 @@ class RankGroup:
                 tensor.copy_(value)
         self.heard = list(state["heard"])
         self.basis_version = state["basis_version"]
+        self.natural = state["natural"]
 
     # Views.
 

@@ -163,3 +163,40 @@ def test_a_geometry_optimizer_without_geometry_is_refused(tiny_llama: Any, lora_
 def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="EigenbasisAdam needs"):
         EigenbasisAdam([torch.zeros(1)], **setting)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_balanced_reprojection_at_full_rank_changes_neither_the_loss_nor_the_next_sgd_step(
+    make_tiny_llama: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    random_batch: Callable[..., dict[str, Tensor]],
+    momentum: float,
+) -> None:
+    batches = [random_batch(batch=8, length=12, seed=seed) for seed in range(4)]
+    functions = {}
+    for reproject in (False, True):
+        torch.manual_seed(5)
+        model = get_peft_model(make_tiny_llama(), lora_config())
+        for p in trained(model):
+            p.data = 0.3 * torch.randn(p.shape)
+        config = GeometryConfig(
+            kfac_update_freq=1, kfac_min_samples=1, damping_mode="absolute", kfac_damping=1e-9, grafting=False
+        )
+        geometry = RankSpaceGeometry(model, config)
+        optimizer = torch.optim.SGD(trained(model), lr=1e-4, momentum=momentum)
+        losses = []
+        for batch in batches:
+            optimizer.zero_grad()
+            geometry.start_micro_batch(batch["attention_mask"], (batch["labels"][:, 1:] != -100).sum())
+            loss = model(**batch).loss
+            loss.backward()
+            losses.append(float(loss.detach()))
+            geometry.finish_micro_batch()
+            geometry.step()
+            optimizer.step()
+            if reproject:
+                geometry.reproject(maps_rule("balanced"), optimizer=optimizer)
+        functions[reproject] = [s.up.weight.detach() @ s.down.weight.detach() for s in geometry.groups[0].sites]
+        functions[reproject].append(torch.tensor(losses))
+    for plain, moved in zip(functions[False], functions[True], strict=True):
+        torch.testing.assert_close(moved, plain, rtol=2e-3, atol=2e-4 * float(plain.abs().max()))

