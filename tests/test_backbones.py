@@ -66,6 +66,17 @@ def _write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
     return path
 
 
+def _fill_hub_cache(cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a copy of `folder` where huggingface_hub looks for acme/tiny, as revisions main and v1."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--acme--tiny"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    for ref in ("main", "v1"):
+        (repository / "refs" / ref).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
 @pytest.fixture
 def gguf_file(make_tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> Path:
     return _write_gguf(make_tiny_llama(), tmp_path / "tiny.gguf")
@@ -89,14 +100,7 @@ class TestSources:
     def test_hub_id_is_read_from_the_local_cache(
         self, tiny_backbone_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        commit = "0123456789abcdef0123456789abcdef01234567"
-        repository = tmp_path / "models--acme--tiny"
-        shutil.copytree(tiny_backbone_dir, repository / "snapshots" / commit)
-        (repository / "refs").mkdir()
-        for ref in ("main", "v1"):
-            (repository / "refs" / ref).write_text(commit)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-
+        _fill_hub_cache(tmp_path, tiny_backbone_dir, monkeypatch)
         assert resolve_source("acme/tiny") == BackboneSource("hub", "acme/tiny")
         assert load_backbone("acme/tiny", revision="v1").config.hidden_size == 32
         assert (
@@ -208,6 +212,17 @@ class TestRefusedSources:
         (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
         with pytest.raises(ValueError, match=r"only holds pickled weights \(pytorch_model.bin\).*expected \*.safetens"):
             load_backbone(tmp_path)
+
+    def test_pickled_weights_of_a_hub_repository_are_not_read(
+        self, tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "pickled"
+        folder.mkdir()
+        tiny_llama.config.save_pretrained(folder)
+        torch.save(tiny_llama.state_dict(), folder / "pytorch_model.bin")
+        _fill_hub_cache(tmp_path / "cache", folder, monkeypatch)
+        with pytest.raises(OSError, match=r"Cannot load the backbone.*safetensors"):
+            load_backbone("acme/tiny")
 
     def test_folder_without_weights_lists_what_it_found(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
         shutil.copy(tiny_backbone_dir / "config.json", tmp_path)
