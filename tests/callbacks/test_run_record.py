@@ -121,7 +121,11 @@ def test_metrics_before_and_after(
 def test_validation_within_the_fit_is_the_metric_after(
     make_module: Factory, loader: Factory, make_trainer: Factory, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(callbacks=[RunRecord()], num_sanity_val_steps=1)
+    class NotYet(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert not (tmp_path / "summary.json").exists()  # validated, but the run has not ended
+
+    trainer = make_trainer(callbacks=[RunRecord(), NotYet()], num_sanity_val_steps=1)
     trainer.fit(make_module(), loader(2), loader(2))
     summary = summary_in(tmp_path)
     assert summary["metrics"]["before"] == {}  # the sanity check measures nothing

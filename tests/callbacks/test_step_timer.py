@@ -68,6 +68,10 @@ class Timed(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.section("precondition", 8)
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        self.spend(64)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         optimizer.register_step_post_hook(lambda *_: self.spend(16))
@@ -125,13 +129,13 @@ def test_split_adds_up_to_the_step_wherever_the_timer_stands(fit: Fit, order: tu
     assert summary["split"] == {
         "forward": 1,
         "backward": 2,
-        "optimizer": 16,
+        "optimizer": 16 + 64,
         "capture": 4,
         "precondition": 8,
         "reprojection": 32,
     }
-    assert summary["mean"] == summary["p95"] == summary["p99"] == 63
-    assert summary["geometry_share"] == 44 / 63
+    assert summary["mean"] == summary["p95"] == summary["p99"] == 127
+    assert summary["geometry_share"] == 44 / 127
     assert summary["steps"] == summary["measured_steps"] == 6
 
 
@@ -140,7 +144,7 @@ def test_accumulation_window_is_one_step_without_waiting_or_validation(fit: Fit)
     fit([timer, Reprojecting()], batches=12, accumulate_grad_batches=3, val_check_interval=2)
     summary = timer.summary()
     assert summary["steps"] == 4
-    assert summary["mean"] == 3 * (1 + 2 + 4) + 8 + 16 + 32
+    assert summary["mean"] == 3 * (1 + 2 + 4) + 8 + 16 + 64 + 32
     assert summary["split"]["capture"] == 12
 
 
@@ -148,7 +152,7 @@ def test_without_geometry_the_share_is_zero(fit: Fit) -> None:
     timer = StepTimer(skip_steps=0)
     fit([timer, Reprojecting()], geometry=False)
     summary = timer.summary()
-    assert summary["split"] == {"forward": 1, "backward": 2, "optimizer": 16}
+    assert summary["split"] == {"forward": 1, "backward": 2, "optimizer": 16 + 64}
     assert summary["geometry_share"] == 0.0
 
 
@@ -162,7 +166,13 @@ def test_warm_up_steps_are_counted_but_not_measured(fit: Fit, spend: Clock) -> N
     fit([timer, WarmUp()], geometry=False)
     summary = timer.summary()
     assert (summary["steps"], summary["measured_steps"]) == (6, 4)
-    assert summary["mean"] == summary["p99"] == 19
+    assert summary["mean"] == summary["p99"] == sum(summary["split"].values()) == 83
+
+
+def test_stopwatch_that_was_switched_off_is_switched_on(spend: Clock, make_trainer: Callable[..., pl.Trainer]) -> None:
+    module, timer = Timed(spend, Stopwatch(enabled=False)), StepTimer(skip_steps=0)
+    make_trainer(callbacks=[timer]).fit(module, SlowBatches(spend, 2), [torch.ones(1)])
+    assert timer.summary()["mean"] == 95
 
 
 def test_percentiles_are_those_of_the_steps(fit: Fit, spend: Clock) -> None:
@@ -173,16 +183,16 @@ def test_percentiles_are_those_of_the_steps(fit: Fit, spend: Clock) -> None:
     timer = StepTimer(skip_steps=0)
     fit([timer, Slower()], batches=101, geometry=False)
     summary = timer.summary()
-    assert summary["mean"] == 19 + 50
-    assert summary["p95"] == pytest.approx(19 + 95)
-    assert summary["p99"] == pytest.approx(19 + 99)
+    assert summary["mean"] == 83 + 50
+    assert summary["p95"] == pytest.approx(83 + 95)
+    assert summary["p99"] == pytest.approx(83 + 99)
 
 
 def test_long_runs_keep_one_number_a_step(fit: Fit) -> None:
     timer = StepTimer(every_n_steps=None, skip_steps=0)
     fit([timer], batches=600, geometry=False)
     assert timer.summary()["steps"] == 600
-    assert timer.summary()["mean"] == 19
+    assert timer.summary()["mean"] == 83
     assert len(timer._marks) == 0
 
 
@@ -204,7 +214,7 @@ def test_failed_step_is_not_counted(fit: Fit) -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         fit([Fails(), timer], geometry=False)
     assert timer.summary()["steps"] == 3
-    assert timer.summary()["mean"] == 19
+    assert timer.summary()["mean"] == 83
 
 
 def test_second_fit_starts_over(spend: Clock, make_trainer: Callable[..., pl.Trainer]) -> None:
@@ -212,7 +222,7 @@ def test_second_fit_starts_over(spend: Clock, make_trainer: Callable[..., pl.Tra
     for batches in (5, 3):
         make_trainer(callbacks=[timer]).fit(module, SlowBatches(spend, batches), [torch.ones(1)])
         assert timer.summary()["steps"] == batches
-        assert timer.summary()["mean"] == 31
+        assert timer.summary()["mean"] == 95
 
 
 def test_logs_means_since_the_last_log_with_the_loggers_step(
@@ -222,9 +232,9 @@ def test_logs_means_since_the_last_log_with_the_loggers_step(
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 3, 5]
     for line in lines:
-        assert line["time/step"] == 63
+        assert line["time/step"] == 127
         assert line["time/reprojection"] == 32
-        assert line["time/geometry_share"] == 44 / 63
+        assert line["time/geometry_share"] == 44 / 127
 
 
 @pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"barebones": True}], ids=str)
@@ -234,7 +244,7 @@ def test_reduced_trainers(spend: Clock, settings: dict[str, Any]) -> None:
     pl.Trainer(callbacks=[timer], accelerator="cpu", max_epochs=1, **settings, **quiet).fit(
         module, SlowBatches(spend, 2), [torch.ones(1)]
     )
-    assert timer.summary()["mean"] == 31
+    assert timer.summary()["mean"] == 95
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"skip_steps": -1}], ids=str)
