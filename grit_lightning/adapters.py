@@ -27,12 +27,14 @@ class LoraSite:
         name: Name of the adapted module inside the PEFT model, e.g. `base_model.model.model.layers.0.self_attn.q_proj`.
         down: PEFT's `lora_A` module, weight `[r, d_in]`. Its output is the rank-space activation `[.., r]`.
         up: PEFT's `lora_B` module, weight `[d_out, r]`.
+        base: The frozen layer that is adapted.
         scaling: Factor in front of the adapter's output: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
     """
 
     name: str
     down: nn.Linear
     up: nn.Linear
+    base: nn.Module
     scaling: float
 
     @property
@@ -97,7 +99,7 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
                 f"Layer '{name}' ({type(module).__name__}{' ' + variant if variant else ''}) is not a plain linear LoRA "
                 "layer. Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."
             )
-        yield LoraSite(name, down, module.lora_B[active[0]], float(module.scaling[active[0]]))
+        yield LoraSite(name, down, module.lora_B[active[0]], module.get_base_layer(), float(module.scaling[active[0]]))
 
 
 def count_trainable(model: nn.Module) -> int:

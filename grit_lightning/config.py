@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 CovAveraging = Literal["mean", "ema"]
-DampingModeName = Literal["absolute", "relative"]
+DampingModeName = Literal["absolute", "relative", "batch_aware", "quantization_aware"]
 PairingName = Literal["kfac", "swapped"]
 
 
@@ -21,7 +21,12 @@ class GeometryConfig:
             reprojected.
         kfac_damping: Tikhonov damping λ, read according to `damping_mode`.
         damping_mode: `absolute` adds λI (paper); `relative` adds λ·tr(Σ)/r·I, which does not depend on the gradient's
-            scale (beyond the paper).
+            scale (beyond the paper); `batch_aware` raises λ as the tokens of a step fall below
+            `damping_reference_tokens` (paper, appendix J, M3); `quantization_aware` adds the layer's measured
+            quantisation noise times the mean eigenvalue, so that what is below the noise is not trusted.
+        damping_reference_tokens: Tokens per optimizer step at which `batch_aware` uses λ as it is.
+        trust_clip: Largest ratio of a factor gradient's norm after to before preconditioning, applied after grafting;
+            None leaves it alone.
         grafting: Give every preconditioned factor gradient the Frobenius norm of the raw one, so that damping changes
             directions only and the clipping threshold keeps its meaning (beyond the paper).
         pairing: `kfac` is ∇A ← (Σ_g+λI)⁻¹∇A, ∇B ← ∇B(Σ_a+λI)⁻¹, the only gauge-covariant choice; `swapped` is the
@@ -41,6 +46,8 @@ class GeometryConfig:
     kfac_min_samples: int = 64
     kfac_damping: float = 1e-3
     damping_mode: DampingModeName = "relative"
+    damping_reference_tokens: int = 4096
+    trust_clip: float | None = None
     grafting: bool = True
     pairing: PairingName = "kfac"
     ng_warmup_steps: int = 0
@@ -54,6 +61,8 @@ class GeometryConfig:
         self._require("kfac_update_freq", self.kfac_update_freq >= 1, "an integer ≥ 1 (optimizer steps)")
         self._require("kfac_min_samples", self.kfac_min_samples >= 0, "an integer ≥ 0 (tokens)")
         self._require("kfac_damping", self.kfac_damping >= 0, "a number ≥ 0")
+        self._require("damping_reference_tokens", self.damping_reference_tokens >= 1, "an integer ≥ 1 (tokens)")
+        self._require("trust_clip", self.trust_clip is None or self.trust_clip > 0, "a number > 0 or null")
         self._require("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
         self._require("cov_update_freq", self.cov_update_freq >= 1, "an integer ≥ 1 (micro-batches)")
         self._require("ema_beta", 0.0 <= self.ema_beta < 1.0, "a number in [0, 1)")
