@@ -19,7 +19,7 @@ def silence_known_noise() -> None:
     """Drop what Lightning says about its own internals and about other products."""
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    messages.addFilter(lambda record: not record.getMessage().startswith("💡"))
+    messages.addFilter(_is_no_advertisement)
 
 
 @contextmanager
@@ -37,6 +37,10 @@ def one_line_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"grit: error: {cause}\n")
         sys.exit(1)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡")
 
 
 def _user_error(error: BaseException | None) -> Exception | None:

@@ -62,15 +62,14 @@ def test_the_only_top_level_name_is_grit_lightning(target: Path) -> None:
 def test_the_wheel_holds_every_python_file_template_and_config(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    # glob follows the three symlinks one at a time, so this is the tree as an importer sees it
-    folders = (ROOT / "grit_lightning", *(ROOT / "grit_lightning" / name for name in ("callbacks", "datamodules", "configs")))
+    package = ROOT / "grit_lightning"  # with its links, the tree as an importer sees it
     expected = {
         path.relative_to(ROOT).as_posix()
-        for folder in folders
+        for folder in (package, package / "callbacks", package / "datamodules", package / "configs")
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix in {".py", ".yaml", ".typed", ".txt", ".json"} or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert len([name for name in expected if name.endswith(".yaml")]) >= 7
+    assert {"grit_lightning/configs/demo.yaml", "grit_lightning/datamodules/templates/boolq.yaml"} < expected
     assert inside == expected
 
 

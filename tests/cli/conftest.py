@@ -1,0 +1,61 @@
+"""A tiny model and a few BoolQ rows as command-line words, and the program run inside the test's own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from grit_lightning.cli import main
+
+Grit = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):  # seed_everything leaves its seed in the environment
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def boolq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 16 training and 8 validation questions in the hub's schema."""
+    folder = tmp_path_factory.mktemp("boolq")
+    for split, count in (("train", 16), ("validation", 8)):
+        rows = [{"question": f"is {n} even", "passage": f"It is {n}.", "answer": n % 2 == 0} for n in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_backbone_dir: Path, boolq_dir: Path) -> list[str]:
+    """Words that turn any shipped configuration into seconds of work: a tiny float32 model, 24 questions, no bars."""
+    return [
+        f"--model.backbone={tiny_backbone_dir}",
+        "--model.dtype=float32",
+        "--model.quantization=null",
+        f"--data.source={boolq_dir}",
+        "--data.max_length=128",
+        "--data.batch_size=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.log_every_n_steps=1",
+    ]
+
+
+@pytest.fixture
+def grit(tiny: list[str]) -> Grit:
+    """Runs a subcommand on the tiny model: `grit("fit", "--output=runs/a")`."""
+
+    def run(subcommand: str, *words: str, config: str | None = "demo") -> None:
+        main([subcommand, *([f"--config={config}"] if config else []), *tiny, "--trainer.max_steps=4", *words])
+
+    return run

@@ -1,0 +1,328 @@
+"""The program: one folder a run, nothing lost or half-written, settings named once, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import IA3Config, LoraConfig
+
+from grit_lightning import GritLitModule
+from grit_lightning.cli import GritCLI, main
+
+Grit = Callable[..., None]
+ROOT = Path(__file__).resolve().parents[2]
+RESUMED_MID_EPOCH = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+FOLDER_REUSED = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+def adapter_weights(folder: str) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+    return weights
+
+
+def same_weights(first: str, second: str) -> bool:
+    one, other = adapter_weights(first), adapter_weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def settings(grit: Grit, capsys: pytest.CaptureFixture[str], subcommand: str, *words: str) -> dict[str, Any]:
+    """What the program would run with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        grit(subcommand, *words, "--print_config")
+    assert stopped.value.code == 0
+    parsed: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return parsed
+
+
+# One run, one folder.
+
+
+def test_a_run_writes_everything_into_its_folder(grit: Grit, tmp_path: Path) -> None:
+    grit("fit", "--output=runs/a")
+    names = {path.name for path in Path("runs/a").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert Path("runs/a/checkpoints/last.ckpt").is_file()
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs", "cache"}
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert {"val/accuracy", "val/loss"} <= set(summary["metrics"]["before"]) & set(summary["metrics"]["after"])
+
+
+def test_config_yaml_repeats_the_run_bit_for_bit(grit: Grit) -> None:
+    grit("fit", "--output=a", "--model.optimizer.lr=0.01", "--trainer.callbacks+=SpectraLogger")
+    main(["fit", "--config=a/config.yaml", "--output=b"])
+    assert same_weights("a", "b")
+    first, second = (yaml.safe_load(Path(folder, "config.yaml").read_text()) for folder in "ab")
+    assert first | {"output": "b"} == second
+
+
+def test_evaluating_before_training_does_not_change_the_training(grit: Grit) -> None:
+    grit("fit", "--output=a", "--evaluate_before_fit=true", "--model.adapter.lora_dropout=0.1")
+    grit("fit", "--output=b", "--evaluate_before_fit=false", "--model.adapter.lora_dropout=0.1")
+    before = [json.loads(Path(folder, "summary.json").read_text())["metrics"]["before"] for folder in "ab"]
+    assert before[0]
+    assert not before[1]
+    assert same_weights("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ((), "runs/demo-seed42"),
+        (("--seed_everything=7", "--config=ablations/no_kfac"), "runs/demo+no_kfac-seed7"),
+        (("--trainer.default_root_dir=elsewhere",), "elsewhere"),
+    ],
+)
+def test_the_folder_is_named_after_configs_and_seed(grit: Grit, words: tuple[str, ...], folder: str) -> None:
+    grit("fit", *words)
+    assert Path(folder, "summary.json").is_file()
+
+
+def test_a_taken_folder_is_refused_and_left_alone(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    grit("fit", "--output=a")
+    before = contents("a")
+    with pytest.raises(SystemExit) as stopped:
+        grit("fit", "--output=a")
+    assert stopped.value.code == 1
+    assert "a already holds a run (" in capsys.readouterr().err
+    assert contents("a") == before
+
+
+def test_overwriting_removes_the_run_and_nothing_else(grit: Grit) -> None:
+    grit("fit", "--output=a")
+    Path("a/notes.txt").write_text("mine")
+    first_events = {path.name for path in Path("a").glob("events*")}
+    grit("fit", "--output=a", "--overwrite=true", "--trainer.max_steps=3")
+    assert Path("a/notes.txt").read_text() == "mine"
+    assert not first_events & {path.name for path in Path("a").glob("events*")}
+    assert [path.name for path in Path("a/checkpoints").glob("epoch*")] == ["epoch=0-step=3.ckpt"]
+
+
+@FOLDER_REUSED
+@RESUMED_MID_EPOCH
+def test_a_checkpoint_resumes_into_its_own_folder(grit: Grit) -> None:
+    grit("fit", "--output=a", "--trainer.max_steps=2")
+    before = json.loads(Path("a/summary.json").read_text())["metrics"]["before"]
+    grit("fit", "--ckpt_path=a/checkpoints/last.ckpt", "--trainer.max_steps=4")
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert summary["global_step"] == 4
+    assert summary["metrics"]["before"] == before
+    assert not Path("runs").exists()
+
+
+def test_resuming_into_another_runs_folder_is_refused(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    grit("fit", "--output=a", "--trainer.max_steps=2")
+    grit("fit", "--output=b", "--trainer.max_steps=2")
+    with pytest.raises(SystemExit):
+        grit("fit", "--output=b", "--ckpt_path=a/checkpoints/last.ckpt", "--trainer.max_steps=4")
+    assert "b already holds a run" in capsys.readouterr().err
+
+
+def test_testing_a_checkpoint_adds_to_its_run(grit: Grit, boolq_dir: Path) -> None:
+    grit("fit", "--output=a")
+    config = Path("a/config.yaml").read_text()
+    data = ["--data=BoolQDataModule", f"--data.source={boolq_dir}", "--data.max_length=128"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    main(["test", *data, *quiet, "--ckpt_path=a/checkpoints/last.ckpt"])
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert {"val/accuracy", "test/accuracy"} <= set(summary["metrics"]["after"])
+    assert summary["status"] == "finished"
+    assert Path("a/config.yaml").read_text() == config
+
+
+BAREBONES = ("barebones=true", "callbacks=null", "log_every_n_steps=null", "num_sanity_val_steps=null")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)` but `Trainer\\(barebones=True\\)` is configured")
+@pytest.mark.parametrize("options", [("logger=false",), BAREBONES])
+def test_a_run_without_loggers_trains(grit: Grit, options: tuple[str, ...]) -> None:
+    grit("fit", "--output=a", *(f"--trainer.{option}" for option in options))
+    assert not list(Path("a").glob("events*"))
+    assert not Path("a/metrics.jsonl").exists()
+
+
+# Settings.
+
+
+def test_the_printed_config_is_read_back_as_it_is(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    first = settings(grit, capsys, "fit", "--tokenizer=elsewhere")
+    Path("printed.yaml").write_text(yaml.safe_dump(first))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=printed.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == first
+
+
+def test_overlays_append_and_leave_out_callbacks(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: StepTimer\n")
+    words = ("--config=more.yaml", "--config=ablations/no_reprojection", "--config=ablations/fixed_rank")
+    parsed = settings(grit, capsys, "fit", *words)
+    names = [callback["class_path"].rpartition(".")[2] for callback in parsed["trainer"]["callbacks"]]
+    assert names == ["Reprojection", "RankAdaptation", "SpectraLogger", "StepTimer"]
+    assert parsed["without"] == ["Reprojection", "RankAdaptation"]
+    grit("fit", *words, "--output=a")
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert summary["reprojection_count"] == 0
+
+
+def test_backbone_and_seed_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str], tiny_backbone_dir: Path
+) -> None:
+    built = _build_only(monkeypatch, ["fit", "--config=demo", *tiny, "--seed_everything=9"])
+    assert built.datamodule._tokenizer == built.model.hparams["backbone"] == str(tiny_backbone_dir)
+    assert built.datamodule.seed == 9
+
+
+@pytest.mark.parametrize("option", ["--tokenizer", "--data.tokenizer"])
+def test_the_tokenizer_can_be_another(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str], tiny_backbone_dir: Path, option: str
+) -> None:
+    other = shutil.copytree(tiny_backbone_dir, "other")
+    built = _build_only(monkeypatch, ["fit", "--config=demo", *tiny, f"{option}={other}"])
+    assert built.datamodule._tokenizer == str(other)
+    assert yaml.safe_load(built.record)["tokenizer"] == str(other)
+
+
+def _build_only(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> GritCLI:
+    monkeypatch.setattr(GritCLI, "_run_subcommand", lambda self, subcommand: None)
+    return GritCLI(words)
+
+
+def test_a_checkpoint_wins_over_files_and_loses_to_options(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    grit("fit", "--output=a", "--model.adapter.r=5", "--model.adapter.lora_alpha=7", "--trainer.max_steps=1")
+    checkpoint = "--ckpt_path=a/checkpoints/last.ckpt"
+    from_file = settings(grit, capsys, "test", checkpoint)["model"]["init_args"]["adapter"]["init_args"]
+    assert (from_file["r"], from_file["lora_alpha"]) == (5, 7)
+    option = settings(grit, capsys, "test", checkpoint, "--model.adapter.r=3")["model"]["init_args"]
+    assert (option["adapter"]["init_args"]["r"], option["adapter"]["init_args"]["lora_alpha"]) == (3, 7)
+
+
+def test_a_checkpoint_may_be_named_in_a_file(grit: Grit, monkeypatch: pytest.MonkeyPatch, tiny: list[str]) -> None:
+    grit("fit", "--output=a", "--model.adapter.r=5", "--trainer.max_steps=1")
+    Path("more.yaml").write_text("ckpt_path: a/checkpoints/last.ckpt\n")
+    built = _build_only(monkeypatch, ["test", "--config=demo", "--config=more.yaml", *tiny])
+    assert built.model.hparams["adapter"]["r"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("--model.adapter.use_rslora=true",), LoraConfig),
+        (("--model.adapter=peft.IA3Config", "--model.adapter.feedforward_modules=[down_proj]"), IA3Config),
+    ],
+)
+def test_any_peft_config_trains(
+    grit: Grit, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kind: type[Any]
+) -> None:
+    seen: list[Any] = []
+    original = GritLitModule.configure_model
+
+    def spy(self: GritLitModule) -> None:
+        seen.append(self.adapter_config)
+        original(self)
+
+    monkeypatch.setattr(GritLitModule, "configure_model", spy)
+    Path("ia3.yaml").write_text("model:\n  init_args:\n    geometry: null\ntrainer:\n  callbacks: null\n")
+    if kind is IA3Config:
+        words = ("--config=ia3.yaml", "--model.adapter.target_modules=[k_proj, v_proj, down_proj]", *words)
+    grit("fit", *words, "--trainer.fast_dev_run=true")
+    assert {type(config) for config in seen} == {kind}
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model.backbone=nowhere/at/all",), "nowhere/at/all"),
+        (("--model.adapter.target_modules=[no_such_layer]",), "no_such_layer"),
+        (("--model.adapter.r=0",), "positive rank, got 0"),
+        (("--model.geometry.kfac_damping=-1",), "kfac_damping must be"),
+        (("--trainer.callbacks+=RankAdaptation", "--trainer.callbacks.threshold=1.5"), "(0, 1], got 1.5"),
+        (("--trainer.callbacks+=Reprojection", "--trainer.callbacks.k=17"), "adapter's rank is 16"),
+        (("--model.geometry=null",), "Reprojection needs the rank-space geometry"),
+        (("--data.max_length=129",), "129"),
+        (("--data.source=nowhere",), "'nowhere' does not exist"),
+        (("--data.columns={question: missing}",), "missing"),
+        (("--without=[Nonesuch]",), "Configured are ['Reprojection', 'RankAdaptation', 'SpectraLogger']"),
+        (("--ckpt_path=nowhere.ckpt",), "--ckpt_path nowhere.ckpt does not exist"),
+        (("--data.seed=3",), "set seed_everything"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    grit: Grit, capfd: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        grit("fit", "--output=a", *words)
+    assert stopped.value.code == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("grit: error: ") and message in line]
+    assert not [line for line in lines if line.startswith("Traceback")]
+    assert not Path("a").exists()
+
+
+def test_debug_shows_the_traceback(grit: Grit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="positive rank"):
+        grit("fit", "--output=a", "--model.adapter.r=0")
+    assert not Path("a").exists()
+
+
+def test_an_unknown_config_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config=nosuch"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "--config nosuch: neither a file nor a shipped configuration" in error
+    assert len(error.splitlines()) <= 4
+
+
+def test_a_file_that_is_no_checkpoint_is_named(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit) as stopped:
+        grit("test", "--ckpt_path=broken.ckpt")
+    assert stopped.value.code == 1
+    assert "broken.ckpt cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_a_crash_in_training_keeps_its_traceback_and_its_record(grit: Grit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise ValueError("a defect, not a mistake of the user")
+
+    monkeypatch.setattr(GritLitModule, "training_step", crash)
+    with pytest.raises(ValueError, match="a defect"):
+        grit("fit", "--output=a")
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", "ValueError: a defect, not a mistake of the user")
+    assert Path("a/config.yaml").is_file()
+
+
+# The script.
+
+
+def test_train_py_is_the_same_program(grit: Grit, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config=demo", "--model.optimizer.lr=0.5", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(words)
+    expected = capsys.readouterr().out
+    script = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert script.stdout == expected
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 15
