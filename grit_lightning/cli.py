@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
 from grit_lightning.callbacks.config_record import ConfigRecord
@@ -44,8 +43,9 @@ def main(args: list[str] | None = None) -> None:
         args: Command-line words; those of the process when None.
     """
     silence_known_noise()
+    words = sys.argv[1:] if args is None else args
     with one_line_errors():
-        GritCLI(sys.argv[1:] if args is None else args)
+        GritCLI(words)
 
 
 class GritCLI(LightningCLI):
@@ -78,9 +78,9 @@ class GritCLI(LightningCLI):
             raise
 
     def _leave_nothing_half_written(self) -> None:
-        if self.config_record is None or self.config_record.training_began or self._continues:
-            return
-        rank_zero_only(clear)(self.folder)
+        record = self.config_record
+        if record is not None and record.path is not None and not record.training_began and not self._continues:
+            rank_zero_only(clear)(self.folder)
 
     # Parsing.
 
@@ -155,7 +155,7 @@ class GritCLI(LightningCLI):
         self.folder = self._choose_folder()
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
             require_free(self.folder)
-        self.record = self._parser(self.subcommand).dump(self._settings, skip_none=False)
+        self.record = self._parser(self.subcommand).dump(self._settings, "yaml", False)  # nulls too
         self._leave_out_callbacks()
         _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
 
@@ -182,7 +182,8 @@ class GritCLI(LightningCLI):
         if not given.barebones:
             kwargs["logger"] = self._loggers(given.logger)
             checkpoints = ModelCheckpoint(self.folder / CHECKPOINTS, save_last="link")
-            add(checkpoints, unless=Checkpoint, wanted=given.enable_checkpointing is not False)
+            wanted = given.enable_checkpointing is not False and not given.fast_dev_run
+            add(checkpoints, unless=Checkpoint, wanted=wanted)
             add(GeometryProgressBar(), unless=ProgressBar, wanted=given.enable_progress_bar is not False)
         return super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
 
@@ -239,8 +240,7 @@ class GritCLI(LightningCLI):
     def before_fit(self) -> None:
         """Measure the model as it is before training; a resumed run has done that."""
         if self._evaluates and not self._settings.ckpt_path:
-            with isolate_rng():  # training draws the same random numbers with and without this
-                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
         """Measure the trained model."""
