@@ -124,7 +124,10 @@ class RunRecord(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prints the table, now that progress bars are closed."""
         if self._table_due and trainer.is_global_zero and not trainer.barebones:
-            Console().print(summary_table(self.summary, caption=None if self._path is None else str(self._path)))
+            console = Console()
+            console.print(summary_table(self.summary))
+            if self._path is not None:
+                console.print(str(self._path), style="dim", soft_wrap=True)
         self._table_due = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class RunRecord(Callback):
         write_json(path, self.summary)
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: str, error: str | None = None) -> None:
-        if trainer.barebones:
+        if trainer.barebones or not trainer.is_global_zero:
             return
         result = {"status": status, "error": error, "metrics": self._metrics(trainer)}
         timer = _step_timer(trainer)

@@ -10,14 +10,13 @@ from rich.table import Table
 _UNKNOWN = "—"
 
 
-def summary_table(summary: Mapping[str, Any], caption: str | None = None) -> Table:
+def summary_table(summary: Mapping[str, Any]) -> Table:
     """Lays out a run's summary: task metrics before and after, parameters, ranks, times, memory.
 
     Args:
         summary: What `RunRecord` writes to summary.json.
-        caption: A line under the table, such as where the summary lies.
     """
-    table = Table(title=f"Run {summary['status']}", caption=caption, caption_style="dim", min_width=60)
+    table = Table(title=f"Run {summary['status']}", min_width=60)
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

@@ -211,6 +211,34 @@ def test_resumed_run_holds_every_step_once_and_remembers_the_metric_before(
     assert resumed["global_step"] == 12
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_two_processes_write_one_record(
+    make_module: Factory,
+    loader: Factory,
+    make_trainer: Factory,
+    tmp_path: Path,
+    read_metrics: Factory,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    trainer = make_trainer(
+        callbacks=[RunRecord(), StepTimer(every_n_steps=1)],
+        logger=JSONLinesLogger(tmp_path),
+        strategy="ddp_fork",
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    module = make_module(None)
+    module.configure_model()  # forked processes hand their weights back to this one
+    trainer.fit(module, loader(3), loader(1))
+    summary = summary_in(tmp_path)
+    assert summary["world_size"] == 2
+    assert summary["global_step"] == 3
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "train/loss" in line] == [0, 1, 2]
+    assert [line["step"] for line in lines if "time/step" in line] == [0, 1, 2]
+    assert capfd.readouterr().out.count("Run finished") == 1
+
+
 CALLBACKS: dict[str, Callable[[], Callback]] = {
     "RunRecord": RunRecord,
     "StepTimer": lambda: StepTimer(every_n_steps=1, skip_steps=0),
