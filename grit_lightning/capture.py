@@ -31,21 +31,29 @@ class RankSpaceCapture:
         self._stopwatch = stopwatch
         self._token_mask: Tensor | None = None
         self._gradient_scale: Tensor | float = 1.0
+        self._loss_scale: Tensor | float | None = None
+        self._records = False
         self._handles = [
             site.down.register_forward_hook(partial(self._on_forward, group, index))
             for group in groups
             for index, site in enumerate(group.sites)
         ]
 
-    def start(self, token_mask: Tensor, gradient_scale: Tensor | float) -> None:
-        """Begin to record.
+    def start(
+        self, token_mask: Tensor, gradient_scale: Tensor | float, *, records: bool, loss_scale: Tensor | float | None
+    ) -> None:
+        """Begin to listen.
 
         Args:
             token_mask: `[B, T]` bool, True where a token is real.
             gradient_scale: Factor that turns the gradients autograd will deliver into gradients of the sum of token
                 losses.
+            records: Whether this micro-batch adds to the statistics.
+            loss_scale: Factor in front of the mean loss (AMP scale / accumulation steps) if regularisers are on, which
+                then add their gradient; None otherwise.
         """
         self._token_mask, self._gradient_scale = token_mask, gradient_scale
+        self._records, self._loss_scale = records, loss_scale
 
     def stop(self) -> None:
         """Stop recording."""
@@ -54,7 +62,7 @@ class RankSpaceCapture:
     @property
     def token_mask(self) -> Tensor | None:
         """Mask of the micro-batch being recorded, None outside of a recording."""
-        return self._token_mask
+        return self._token_mask if self._records else None
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -73,7 +81,13 @@ class RankSpaceCapture:
                 "out of `adapter.target_modules`, or set `geometry: null`."
             )
         activation, mask, scale = output.detach(), mask.reshape(output.shape[:-1]), self._gradient_scale
-        output.register_hook(lambda gradient: self._on_gradient(group, index, activation, gradient, mask, scale))
+        if self._records:
+            output.register_hook(lambda gradient: self._on_gradient(group, index, activation, gradient, mask, scale))
+        if self._loss_scale is not None and group.penalty is not None:
+            form, factor = group.penalty[index], self._loss_scale / mask.sum()
+            output.register_hook(
+                lambda gradient: gradient + _penalty_gradient(activation, form, mask, factor, gradient)
+            )
 
     @torch.no_grad()
     def _on_gradient(
@@ -83,3 +97,10 @@ class RankSpaceCapture:
             group.micro.a[index] += F.masked_gram(activation, mask)
             group.micro.g[index] += F.masked_gram(gradient.float() * scale, mask)
             group.calls[index] += 1
+
+
+@torch.no_grad()
+def _penalty_gradient(activation: Tensor, form: Tensor, mask: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """Gradient of (factor) · ½ Σ aᵀQa over real tokens, at every activation: it joins the loss's own on the way to A."""
+    rows = activation.float().masked_fill(~mask.unsqueeze(-1), 0.0)
+    return (rows @ form * factor).to(like.dtype)

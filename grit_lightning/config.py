@@ -31,6 +31,9 @@ class GeometryConfig:
             directions only and the clipping threshold keeps its meaning (beyond the paper).
         pairing: `kfac` is ∇A ← (Σ_g+λI)⁻¹∇A, ∇B ← ∇B(Σ_a+λI)⁻¹, the only gauge-covariant choice; `swapped` is the
             pairing of the published code, for comparison.
+        curvature_penalty: λ_K ≥ 0 of the curvature regulariser, ½ λ_K tr(Σ_g Σ_a) per layer; 0 is off and costs nothing.
+        reprojection_penalty: λ_R ≥ 0 of the reprojection-consistency regulariser; 0 is off and costs nothing.
+        penalty_warmup_steps: Optimizer steps over which both weights rise linearly from 0.
         ng_warmup_steps: Optimizer steps at the start during which gradients pass unchanged.
         cov_update_freq: Micro-batches between two that contribute statistics; 1 uses every one.
         cov_averaging: `mean` weighs every token since the start alike; `ema` forgets with `ema_beta` per optimizer step.
@@ -50,6 +53,9 @@ class GeometryConfig:
     trust_clip: float | None = None
     grafting: bool = True
     pairing: PairingName = "kfac"
+    curvature_penalty: float = 0.0
+    reprojection_penalty: float = 0.0
+    penalty_warmup_steps: int = 0
     ng_warmup_steps: int = 0
     cov_update_freq: int = 1
     cov_averaging: CovAveraging = "ema"
@@ -61,6 +67,9 @@ class GeometryConfig:
         self._require("kfac_update_freq", self.kfac_update_freq >= 1, "an integer ≥ 1 (optimizer steps)")
         self._require("kfac_min_samples", self.kfac_min_samples >= 0, "an integer ≥ 0 (tokens)")
         self._require("kfac_damping", self.kfac_damping >= 0, "a number ≥ 0")
+        self._require("curvature_penalty", self.curvature_penalty >= 0, "a number ≥ 0")
+        self._require("reprojection_penalty", self.reprojection_penalty >= 0, "a number ≥ 0")
+        self._require("penalty_warmup_steps", self.penalty_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
         self._require("damping_reference_tokens", self.damping_reference_tokens >= 1, "an integer ≥ 1 (tokens)")
         self._require("trust_clip", self.trust_clip is None or self.trust_clip > 0, "a number > 0 or null")
         self._require("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
@@ -82,6 +91,11 @@ class GeometryConfig:
     def decay(self) -> float:
         """Factor by which earlier statistics fade per optimizer step; 1 for the running mean."""
         return self.ema_beta if self.cov_averaging == "ema" else 1.0
+
+    @property
+    def regularised(self) -> bool:
+        """Whether a regulariser is on."""
+        return self.curvature_penalty > 0 or self.reprojection_penalty > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for checkpoints and records."""

@@ -193,10 +193,14 @@ class GritLitModule(LightningModule):
         """Mean cross-entropy over the label tokens; tells the geometry how to undo that mean."""
         label_tokens = label_token_count(batch["labels"])
         if self.geometry is not None:
-            scale = label_tokens.clamp(min=1) * float(self.trainer.accumulate_grad_batches)
+            loss_scale = torch.full((), 1.0 / self.trainer.accumulate_grad_batches, device=self.device)
             if self._scaler is not None:
-                scale = scale / self._scaler.scale(torch.ones((), device=self.device))
-            self.geometry.start_micro_batch(batch["attention_mask"], scale)
+                loss_scale = self._scaler.scale(loss_scale)
+            self.geometry.start_micro_batch(
+                batch["attention_mask"],
+                label_tokens.clamp(min=1) / loss_scale,
+                loss_scale if self.geometry.config.regularised else None,
+            )
         loss: Tensor = self(batch).loss
         self._window_losses.append(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))

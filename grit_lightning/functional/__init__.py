@@ -32,6 +32,8 @@ from grit_lightning.functional.rank import (
     rank_from_energy,
     subspace_mixing_mask,
 )
+from grit_lightning.functional.regrowth import Regrowth, regrowth
+from grit_lightning.functional.regularization import curvature_form, quadratic_penalty, reprojection_form
 from grit_lightning.functional.reprojection import (
     ReprojectionMaps,
     balanced_maps,
@@ -67,6 +69,7 @@ __all__ = [
     "DampingMode",
     "GradientMaps",
     "Pairing",
+    "Regrowth",
     "ReprojectionMaps",
     "accumulate",
     "alignment",
@@ -82,6 +85,7 @@ __all__ = [
     "covariance_variance",
     "cumulative_energy",
     "curvature_exposure",
+    "curvature_form",
     "damped_inverse",
     "damping_levels",
     "direction_jitter",
@@ -107,8 +111,11 @@ __all__ = [
     "projected_curvature",
     "projection_cost",
     "projector",
+    "quadratic_penalty",
     "rank_from_energy",
     "rank_mask",
+    "regrowth",
+    "reprojection_form",
     "sparsity",
     "spectral_entropy",
     "stable_rank",

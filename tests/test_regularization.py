@@ -1,0 +1,113 @@
+"""The regularisers' gradients against autograd through an explicit penalty, and what they must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from grit_lightning import GeometryConfig, RankSpaceGeometry
+
+
+def build(make: Callable[..., Any], lora: Any) -> PeftModel:
+    torch.manual_seed(5)
+    model = get_peft_model(make(), lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = 0.3 * torch.randn(p.shape)
+    return model
+
+
+def backward(model: PeftModel, geometry: RankSpaceGeometry, batch: dict[str, Tensor], accumulate: int = 1) -> None:
+    model.zero_grad()
+    for _ in range(accumulate):
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        loss_scale = 1.0 / accumulate if geometry.config.regularised else None
+        geometry.start_micro_batch(batch["attention_mask"], tokens * accumulate, loss_scale)
+        (model(**batch).loss / accumulate).backward()
+        geometry.finish_micro_batch()
+
+
+@pytest.mark.parametrize("settings", [{"curvature_penalty": 0.7}, {"reprojection_penalty": 0.3}], ids=lambda s: next(iter(s)))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradient_of_the_penalty_is_that_of_autograd(
+    make_tiny_llama: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    random_batch: Callable[..., Any],
+    settings: dict[str, float],
+    accumulate: int,
+) -> None:
+    batch = random_batch(batch=3, length=10, pad=[0, 4, 2])
+    model = build(make_tiny_llama, lora_config())
+    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, **settings))
+    (group,) = geometry.groups
+    group.ranks[:] = 2
+    backward(model, geometry, batch)
+    geometry.step()  # Σ and the forms are known from here on
+    forms = []
+    for index, site in enumerate(group.sites):
+        if "curvature_penalty" in settings:
+            forms.append(0.7 * group.g_cov[index])
+        else:
+            top = torch.linalg.eigh(group.a_cov[index])[1][:, 2:]
+            rest = torch.eye(4) - top @ top.T
+            forms.append(0.3 * site.scaling**2 * rest @ site.up.weight.detach().T @ site.up.weight.detach() @ rest)
+    backward(model, geometry, batch, accumulate)
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    geometry.detach()
+
+    activations: dict[int, Tensor] = {}
+    for index, site in enumerate(group.sites):
+        site.down.register_forward_hook(lambda *args, index=index: activations.update({index: args[-1]}))
+    model.zero_grad()
+    loss = model(**batch).loss
+    real = batch["attention_mask"].bool()
+    for index, form in enumerate(forms):
+        a = activations[index][real]
+        loss = loss + 0.5 * ((a @ form) * a).sum() / real.sum()
+    loss.backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    for new, old in zip(found, expected, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_do_not_see_the_penalty_and_off_costs_no_hook(
+    make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], random_batch: Callable[..., Any]
+) -> None:
+    """One adapted layer: with more, the penalty of a later layer is part of the loss that an earlier one sees."""
+    batch = random_batch()
+    only = lora_config(target_modules=["q_proj"], layers_to_transform=[1])
+    found = {}
+    for weight in (0.0, 5.0):
+        model = build(make_tiny_llama, only)
+        config = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, curvature_penalty=weight, cov_averaging="mean")
+        geometry = RankSpaceGeometry(model, config)
+        for _ in range(2):
+            backward(model, geometry, batch)
+            raw = geometry.groups[0].sites[0].down.weight.grad.clone()
+            geometry.step()
+        found[weight] = (geometry.groups[0].g_cov, raw, float(geometry.penalty))
+    torch.testing.assert_close(found[0.0][0], found[5.0][0])
+    assert not torch.allclose(found[0.0][1], found[5.0][1])
+    assert found[0.0][2] == 0.0
+    assert found[5.0][2] > 0.0
+
+
+def test_the_weights_warm_up(
+    make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], random_batch: Callable[..., Any]
+) -> None:
+    batch = random_batch()
+    model = build(make_tiny_llama, lora_config())
+    config = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, curvature_penalty=1.0, penalty_warmup_steps=4)
+    geometry = RankSpaceGeometry(model, config)
+    ratios = []
+    for _ in range(5):
+        backward(model, geometry, batch)
+        geometry.step()
+        group = geometry.groups[0]
+        ratios.append(float((group.penalty / group.g_cov).median()))
+    assert ratios == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-4)
