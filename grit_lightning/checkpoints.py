@@ -14,19 +14,38 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 NOT_SETTINGS = ("peft_type", "auto_mapping", "peft_version", "loftq_config")
 
 
-def model_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as command line and YAML write them.
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint; tensors stay on disk until they are used.
 
     Args:
         checkpoint: Path of a Lightning checkpoint. It is read with `weights_only`, so no code in it can run.
 
     Raises:
-        ValueError: If it cannot be read, or does not hold the hyperparameters of a `GritLitModule`.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or no checkpoint.
     """
+    if not checkpoint.is_file():
+        what = "is a folder; expected a checkpoint file" if checkpoint.is_dir() else "does not exist"
+        raise FileNotFoundError(f"The checkpoint {checkpoint} {what}.")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{checkpoint} is no checkpoint: it holds a {type(content).__name__}.")
+    return content
+
+
+def model_settings(checkpoint: Path) -> dict[str, Any]:
+    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as command line and YAML write them.
+
+    Args:
+        checkpoint: Path of a Lightning checkpoint.
+
+    Raises:
+        ValueError: If it cannot be read, or does not hold the hyperparameters of a `GritLitModule`.
+    """
+    content = read_checkpoint(checkpoint)
     saved = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     if "adapter" not in saved or "backbone" not in saved:
         raise ValueError(f"{checkpoint} is no checkpoint of GritLitModule: its hyperparameters are {sorted(saved)}.")

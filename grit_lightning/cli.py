@@ -1,4 +1,4 @@
-"""The command line: `grit fit|validate|test|predict`, a LightningCLI over any module, data module and set of callbacks.
+"""The command line: `grit fit|validate|test|predict`, a LightningCLI over any module, data and callbacks; `grit export`.
 
 Settings come from, in rising order: defaults, `--config` files in the order given, the model settings inside the
 checkpoint of `--ckpt_path`, the other command-line options. A run writes into one folder, `--output`.
@@ -25,6 +25,7 @@ from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.checkpoints import model_settings
 from grit_lightning.configs import find_config
+from grit_lightning.export import export_command
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
 from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_folder_of
@@ -45,7 +46,10 @@ def main(args: list[str] | None = None) -> None:
     silence_known_noise()
     words = sys.argv[1:] if args is None else args
     with one_line_errors():
-        GritCLI(words)
+        if words[:1] == ["export"]:  # needs no Trainer and no data
+            export_command(words[1:])
+        else:
+            GritCLI(words)
 
 
 class GritCLI(LightningCLI):
