@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def boolq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tiny_backbone_dir: Path, boolq_dir: Path) -> list[str]:
     """Words that turn any shipped configuration into seconds of work: a tiny float32 model, 24 questions, no bars."""
     return [
@@ -51,11 +52,27 @@ def tiny(tiny_backbone_dir: Path, boolq_dir: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def grit(tiny: list[str]) -> Grit:
-    """Runs a subcommand on the tiny model: `grit("fit", "--output=runs/a")`."""
+    """Runs a subcommand of the demo on the tiny model for 4 steps: `grit("fit", "--output=runs/a")`."""
 
-    def run(subcommand: str, *words: str, config: str | None = "demo") -> None:
-        main([subcommand, *([f"--config={config}"] if config else []), *tiny, "--trainer.max_steps=4", *words])
+    def run(subcommand: str, *words: str) -> None:
+        main([subcommand, "--config=demo", *tiny, "--trainer.max_steps=4", *words])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _trained(grit: Grit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    before = dict(os.environ)
+    grit("fit", f"--output={folder}", "--model.adapter.r=5", "--model.adapter.lora_alpha=7")
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    return folder
+
+
+@pytest.fixture
+def trained(_trained: Path, tmp_path: Path) -> Path:
+    """The folder `a`: a finished run of 4 steps at rank 5, alpha 7."""
+    return Path(shutil.copytree(_trained, tmp_path / "a", symlinks=True))
