@@ -52,7 +52,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
     Args:
         model: Causal language model; if K > 1 called with input_ids, attention_mask and position_ids if it takes them.
         batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] and `choice_ids` int64 [B, C, K], padded with -100.
-        logits: [B, T, V], the model's output for this batch.
+        logits: [B, T', V], the model's output for the last T' ≤ T positions of this batch.
 
     Returns:
         float32 [B, C]: log-likelihood per token; -inf for a choice without tokens. The prediction is the argmax.
@@ -67,7 +67,8 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
     if not (learnt.any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)).all():
         raise ValueError("Choices are scored after a prompt: every row needs one, and labels behind it.")
     if choice_ids.shape[-1] == 1:
-        log_probabilities = logits[rows, start - 1].float().log_softmax(-1)[:, None, None]
+        skipped = batch["labels"].shape[1] - logits.shape[1]
+        log_probabilities = logits[rows, start - 1 - skipped].float().log_softmax(-1)[:, None, None]
         return _per_token(log_probabilities.expand(-1, choice_ids.shape[1], -1, -1), choice_ids)
     prompts, mask = _left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
     return torch.stack([_continuation_scores(model, prompts, mask, ids) for ids in choice_ids.unbind(1)], dim=1)

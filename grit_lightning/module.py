@@ -51,6 +51,8 @@ class GritLitModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass.
         attn_implementation: Attention kernel name passed to transformers, None for its default.
         revision: Revision of a hub id.
+        trim_logits: In training, compute logits only from the position before the batch's first label on. Saves time and
+            memory where prompts are long and answers short; gradients agree to rounding, not to the bit.
 
     Raises:
         ValueError: If an argument is out of range; errors of the backbone and adapter come from `configure_model`.
@@ -69,6 +71,7 @@ class GritLitModule(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
+        trim_logits: bool = False,
     ) -> None:
         """Remember the recipe; nothing is loaded before `configure_model`."""
         super().__init__()
@@ -92,7 +95,8 @@ class GritLitModule(LightningModule):
         self.metrics = torch.nn.ModuleDict()
         self._window_micro_batches = 0
         self._window_losses: list[Tensor] = []
-        self._accepts_position_ids = False
+        self._model_arguments: frozenset[str] = frozenset()
+        self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
     def _plain_hyperparameters(self) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class GritLitModule(LightningModule):
             return
         model = attach_adapter(load_backbone(**self.loading), self.adapter_config)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
-        self._accepts_position_ids = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
+        self._model_arguments = frozenset(inspect.signature(model.get_base_model().forward).parameters)
         self.model, self.geometry = model, geometry
 
     def setup(self, stage: str) -> None:
@@ -179,14 +183,27 @@ class GritLitModule(LightningModule):
 
     # Steps.
 
-    def forward(self, batch: Batch, with_loss: bool = True) -> Any:
-        """Run the model; returns transformers' output with `logits` `[B, T, V]` and, if asked, `loss` over label tokens."""
+    def forward(self, batch: Batch, with_loss: bool = True, trim: bool = False) -> Any:
+        """Run the model.
+
+        Args:
+            batch: As the class says.
+            with_loss: Compute the mean loss over label tokens.
+            trim: Compute logits only from the position before the first label of the batch on.
+
+        Returns:
+            transformers' output with `logits` `[B, T', V]`, T' ≤ T the last positions of the batch, and `loss`.
+        """
         self._check_context(batch["input_ids"].shape[1])
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if self._accepts_position_ids:
+        if self._accepts("position_ids"):
             inputs["position_ids"] = batch.get("position_ids", position_ids(batch["attention_mask"]))
+        labels = batch["labels"]
+        if trim and self._accepts("logits_to_keep"):
+            labels = trimmed_labels(labels)
+            inputs["logits_to_keep"] = labels.shape[1]
         if with_loss:
-            inputs["labels"] = batch["labels"]
+            inputs["labels"] = labels
         return self.peft_model(**inputs, use_cache=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -201,7 +218,7 @@ class GritLitModule(LightningModule):
                 label_tokens.clamp(min=1) / loss_scale,
                 loss_scale if self.geometry.config.regularised else None,
             )
-        loss: Tensor = self(batch).loss
+        loss: Tensor = self(batch, trim=self.trim_logits).loss
         self._window_losses.append(loss.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
@@ -253,7 +270,7 @@ class GritLitModule(LightningModule):
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
-        output = self(batch)
+        output = self(batch, trim=True)
         weight = int(label_token_count(batch["labels"]))  # the epoch's loss is the mean over label tokens
         self.log(f"{prefix}/loss", output.loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
         if "choice_ids" in batch and prefix in self.metrics:
@@ -261,6 +278,9 @@ class GritLitModule(LightningModule):
             assert isinstance(metrics, MetricCollection)
             metrics.update(choice_scores(self.peft_model, batch, output.logits).argmax(-1), batch["target"])
             self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch["target"]))
+
+    def _accepts(self, argument: str) -> bool:
+        return argument in self._model_arguments
 
     def _check_context(self, length: int) -> None:
         context = getattr(self.peft_model.config, "max_position_embeddings", None)
@@ -325,6 +345,12 @@ class GritLitModule(LightningModule):
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def trimmed_labels(labels: Tensor) -> Tensor:
+    """Cut `[B, T]` labels to the last T' columns, which start one position before the first label of any row."""
+    first = int((labels != IGNORED_LABEL).int().argmax(-1).min())
+    return labels[:, max(first - 1, 0) :]
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -322,3 +322,19 @@ def test_left_padding_changes_neither_loss_nor_statistics(
         other = modules[1].geometry.layers[name]
         torch.testing.assert_close(other.a_cov, view.a_cov, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(other.g_cov, view.g_cov, rtol=1e-2, atol=1e-4 * float(view.g_cov.abs().max()))
+
+
+def test_trimmed_logits_give_the_same_losses_gradients_and_statistics(
+    make_module: Callable[..., Any], random_batch: Callable[..., Any], tmp_path: Path
+) -> None:
+    batch = random_batch(batch=4, length=12, pad=[0, 2, 5, 1], prompt=4)
+    modules = [make_module(trim_logits=trim) for trim in (False, True)]
+    for module in modules:
+        fit(module, [batch] * 3, tmp_path)
+        logits = module(batch, trim=True).logits
+        assert logits.shape[1] == 9  # from the position before the first label
+        torch.testing.assert_close(logits, module(batch).logits[:, 3:], rtol=1e-4, atol=1e-5)
+    for name, value in adapter_of(modules[0]).items():
+        torch.testing.assert_close(adapter_of(modules[1])[name], value, rtol=1e-3, atol=1e-5)
+    for name, view in modules[0].geometry.layers.items():
+        torch.testing.assert_close(modules[1].geometry.layers[name].a_cov, view.a_cov, rtol=1e-3, atol=1e-5)
