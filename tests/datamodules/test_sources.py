@@ -40,9 +40,10 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> Non
 
 def test_tsv_is_read_without_quoting_as_glue_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "dev.tsv"
-    path.write_text('index\tquestion\tsentence\tlabel\n0\tWho said "no?\tHe said "no, I\'m not.\tentailment\n')
+    path.write_text('index\tquestion\tlabel\n0\t"No?\tentailment\n1\t"Yes" he said\tnot_entailment\n')
     assert read_files([path]).to_list() == [
-        {"index": 0, "question": 'Who said "no?', "sentence": "He said \"no, I'm not.", "label": "entailment"}
+        {"index": 0, "question": '"No?', "label": "entailment"},
+        {"index": 1, "question": '"Yes" he said', "label": "not_entailment"},
     ]
 
 
