@@ -1,8 +1,10 @@
-"""Periodic reprojection of the adapter onto its dominant curvature directions."""
+"""Reprojection of the adapter onto its dominant curvature directions, periodic or when the spectrum asks for it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -10,18 +12,37 @@ from torch import Tensor
 
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback
+from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.geometry import MapsRule, RankSpaceGeometry
+from grit_lightning.rank_group import RankGroup
 
 Mode = Literal["one_sided", "two_sided", "balanced"]
+Trigger = Literal["period", "mass_ratio", "angle_drift"]
+
+
+class ReprojectionEvent(NamedTuple):
+    """One reprojection."""
+
+    step: int
+    """Optimizer steps taken."""
+    reason: str
 
 
 class Reprojection(GeometryCallback):
     """Reprojects every layer onto k curvature directions, after the optimizer step (paper §2.3).
 
+    With an adaptive trigger, `every_n_steps` is the interval between checks. A check looks at the mean over the layers that
+    have enough samples and whose k is below r; the others hold their whole spectrum at any time. Both triggers look at Σ_a
+    in every mode, because Σ_g and σ of dropped directions are zero.
+
+    Whether a dropped direction can return: with `keep_dropped` its row of A stays, so that Σ_a measures it and B's gradient
+    sees it, and it does as soon as `RankAdaptation` raises the rank. With `keep_dropped: false` it cannot: its row of A and
+    its column of B are both zero, and each one's gradient is proportional to the other. The paper says that it can.
+
     Args:
         mode: `one_sided` projects A and B with the eigenvectors of Σ_a (paper), `two_sided` B with those of Σ_g (paper's
             Q-GRIT), `balanced` drops the directions that cost the least predicted loss (beyond the paper).
-        every_n_steps: Optimizer steps between reprojections (paper: reprojection_freq).
+        every_n_steps: Optimizer steps between reprojections (paper: reprojection_freq), or between checks.
         start_step: First optimizer step at which one may happen (paper: reprojection_warmup_steps).
         k: Directions to keep (paper: reprojection_k), a cap on every layer's effective rank; None keeps as many as the
             effective rank says, which `RankAdaptation` sets.
@@ -29,6 +50,19 @@ class Reprojection(GeometryCallback):
         keep_dropped: Keep the rows of A beyond k, which the zeroed columns of B make inert: ΔW is the same, but dropped
             directions stay measured, so that ranks can rise again and the energy of the next decision is that of the whole
             spectrum. False zeroes them, as the paper's A ← P_A A does to the letter. `balanced` always keeps them.
+        trigger: `period` acts at every interval. `mass_ratio` (paper: adaptive cadence) acts when Σ_{i≤k} λ_i / Σ λ_i is
+            found outside [mass_low, mass_high], and not again until it has been inside. `angle_drift` (beyond the paper)
+            acts when the space of the top k eigenvectors has turned, since the last event or the first check, by an
+            angle whose sine exceeds `max_drift`.
+        mass_low: Lower end of the band, for `mass_ratio`.
+        mass_high: Upper end of the band.
+        max_drift: Sine of the largest principal angle, in [0, 1), for `angle_drift`.
+        preserve_volume: Give the balancing transform determinant ±1. It then keeps the mean scale of A and B, which
+            `balanced` would otherwise set to the fourth root of Σ_g over Σ_a: a step of Adam has a fixed length.
+
+    Attributes:
+        events: The last 10,000 reprojections with step and reason; all are in `reprojections.jsonl` in the run's folder, if
+            the run has loggers.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -42,6 +76,11 @@ class Reprojection(GeometryCallback):
         k: int | None = None,
         blend: float = 1.0,
         keep_dropped: bool = True,
+        trigger: Trigger = "period",
+        mass_low: float = 0.8,
+        mass_high: float = 0.95,
+        max_drift: float = 0.5,
+        preserve_volume: bool = True,
     ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step)
@@ -51,10 +90,42 @@ class Reprojection(GeometryCallback):
             raise ValueError(f"Reprojection.k must be an integer ≥ 1 or null, got {k}.")
         if not 0.0 < blend <= 1.0:
             raise ValueError(f"Reprojection.blend must lie in (0, 1], got {blend}.")
+        if trigger not in ("period", "mass_ratio", "angle_drift"):
+            raise ValueError(f"Reprojection.trigger must be period, mass_ratio or angle_drift, got {trigger!r}.")
+        if not 0.0 <= mass_low < mass_high <= 1.0:
+            raise ValueError(
+                f"Reprojection.mass_low and mass_high must satisfy 0 ≤ low < high ≤ 1, got {mass_low} and {mass_high}."
+            )
+        if not 0.0 <= max_drift < 1.0:
+            raise ValueError(f"Reprojection.max_drift (sine of an angle) must lie in [0, 1), got {max_drift}.")
         self.mode: Mode = mode
         self.k = k
         self.blend = blend
         self.keep_dropped = keep_dropped
+        self.preserve_volume = preserve_volume
+        self.trigger: Trigger = trigger
+        self.mass_band = (mass_low, mass_high)
+        self.max_drift = max_drift
+        self.events: deque[ReprojectionEvent] = deque(maxlen=10_000)
+        self.event_count = 0
+        self._armed = True
+        self._log = EventLog("reprojections.jsonl")
+
+    @property
+    def events_per_1000_steps(self) -> float:
+        """Reprojections per 1,000 optimizer steps since the start of training."""
+        return 1000.0 * self.event_count / max(self._last_step, 1)
+
+    # Trainer hooks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle where events are written."""
+        self._log.open(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On resume, leave each event in the file once."""
+        super().on_train_start(trainer, pl_module)
+        self._log.resume(trainer)
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
         """Refuse a k that no layer can have.
@@ -70,24 +141,109 @@ class Reprojection(GeometryCallback):
             )
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
-        """Reproject every layer that has enough samples."""
+        """Reproject every layer that has enough samples, if the trigger says so, and report the rate."""
+        geometry.reduce()
+        reason = self.due(geometry)
+        if reason is not None:
+            optimizer = trainer.optimizers[0] if trainer.optimizers else None
+            self.reproject(geometry, optimizer)
+            event = ReprojectionEvent(trainer.global_step, reason)
+            self.events.append(event)
+            self.event_count += 1
+            self._log.write([event._asdict()])
+        if not trainer.barebones:
+            rate = {"grit/reprojections_per_1000_steps": self.events_per_1000_steps}
+            trainer.lightning_module.log_dict(rate, on_step=True, on_epoch=False, batch_size=1)
+
+    # The event.
+
+    @torch.no_grad()
+    def due(self, geometry: RankSpaceGeometry) -> str | None:
+        """Return why a reprojection is due now, or None; moves the trigger's state on."""
+        if not any(bool(geometry.enough(group).any()) for group in geometry.groups):
+            return None
+        if self.trigger == "period":
+            return f"every {self.every_n_steps} steps"
+        if self.trigger == "angle_drift":
+            drift = self._drift(geometry)
+            exceeds = drift is not None and drift > self.max_drift
+            return f"angle drift {drift:.3f} > max_drift {self.max_drift:g}" if exceeds else None
+        ratio = self._mass_ratio(geometry)
+        if ratio is None:
+            return None
+        low, high = self.mass_band
+        inside = low <= ratio <= high
+        fires, self._armed = self._armed and not inside, inside
+        return f"mass ratio {ratio:.3f} outside [{low:g}, {high:g}]" if fires else None
+
+    def reproject(self, geometry: RankSpaceGeometry, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Reproject now."""
         ranks = {name: rank if self.k is None else min(rank, self.k) for name, rank in geometry.ranks.items()}
-        optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        rule = maps_rule(self.mode, self.blend, self.keep_dropped)
+        rule = maps_rule(self.mode, self.blend, self.keep_dropped, self.preserve_volume)
         geometry.reproject(rule, ranks, blend=self.blend, optimizer=optimizer)
+        if self.trigger == "angle_drift":
+            for group in geometry.groups:
+                group.references[self.state_key] = group.a_cov.clone()
+
+    def _measured(self, geometry: RankSpaceGeometry) -> Iterator[tuple[RankGroup, Tensor, Tensor]]:
+        """Groups with the ranks `[L]` their layers are cut to, and which layers `[L]` bool a trigger looks at."""
+        for group in geometry.groups:
+            k = group.ranks if self.k is None else group.ranks.clamp(max=self.k)
+            yield group, k, geometry.enough(group).cpu() & (k < group.r)
+
+    def _mass_ratio(self, geometry: RankSpaceGeometry) -> float | None:
+        ratios = [
+            F.mass_ratio(F.eigenbasis(group.a_cov.cpu())[0], k)[looked_at]
+            for group, k, looked_at in self._measured(geometry)
+        ]
+        return _mean(ratios)
+
+    def _drift(self, geometry: RankSpaceGeometry) -> float | None:
+        """Mean drift since the references, which layers that have none yet get now."""
+        drifts = []
+        for group, k, looked_at in self._measured(geometry):
+            a_cov = group.a_cov
+            reference = group.references.get(self.state_key, torch.zeros_like(a_cov))
+            known = reference.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+            group.references[self.state_key] = torch.where(
+                (known | ~geometry.enough(group)).view(-1, 1, 1), reference, a_cov
+            )
+            then, now = F.eigenbasis(reference.cpu())[1], F.eigenbasis(a_cov.cpu())[1]
+            drifts.append(F.principal_angle_drift(then, now, k)[looked_at & known.cpu()])
+        return _mean(drifts)
+
+    # Persistence.
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks apart in a checkpoint."""
+        return self._generate_state_key(mode=self.mode, trigger=self.trigger, start_step=self.start_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the trigger's state; the references of `angle_drift` travel with the geometry."""
+        return {"event_count": self.event_count, "armed": self._armed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.event_count, self._armed = state_dict["event_count"], state_dict["armed"]
 
 
-def maps_rule(mode: Mode, blend: float = 1.0, keep_dropped: bool = True) -> MapsRule:
-    """Return the rule `(Σ_a, Σ_g, k, enough_g) → maps` of a mode, stacked over layers."""
+def _mean(parts: list[Tensor]) -> float | None:
+    values = torch.cat(parts)
+    return float(values.mean()) if len(values) else None
 
-    def rule(a_cov: Tensor, g_cov: Tensor, k: Tensor, enough_g: Tensor) -> F.ReprojectionMaps:
+
+def maps_rule(mode: Mode, blend: float = 1.0, keep_dropped: bool = True, preserve_volume: bool = True) -> MapsRule:
+    """Return the rule `(Σ_a, Σ_g, kept, enough_g) → maps` of a mode, stacked over layers."""
+
+    def rule(a_cov: Tensor, g_cov: Tensor, kept: Tensor, enough_g: Tensor) -> F.ReprojectionMaps:
         if mode == "one_sided":
-            return F.one_sided_maps(a_cov, k, blend, keep_dropped=keep_dropped)
+            return F.one_sided_maps(a_cov, kept, blend, keep_dropped=keep_dropped)
         if mode == "two_sided":
-            return F.two_sided_maps(a_cov, g_cov, k, blend, enough_g, keep_dropped=keep_dropped)
+            return F.two_sided_maps(a_cov, g_cov, kept, blend, enough_g, keep_dropped=keep_dropped)
         # Without any gradient seen there is nothing to balance against: Σ_a alone decides.
-        balanced = F.balanced_maps(a_cov, g_cov, k, blend)
-        fallback = F.one_sided_maps(a_cov, k, blend, keep_dropped=True)
+        balanced = F.balanced_maps(a_cov, g_cov, kept, blend, preserve_volume)
+        fallback = F.one_sided_maps(a_cov, kept, blend, keep_dropped=True)
         where = enough_g.view(-1, 1, 1)
         return F.ReprojectionMaps(*(torch.where(where, new, old) for new, old in zip(balanced, fallback, strict=True)))
 

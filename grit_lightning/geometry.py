@@ -262,6 +262,8 @@ class RankSpaceGeometry:
         def transform(side: str) -> Callable[[Tensor, Tensor], Tensor]:
             def update(raw: Tensor, layers: Tensor) -> Tensor:
                 result = raw.float()
+                if reduced and side == "b":
+                    group.observe_gradients(result, layers, self.config.decay)
                 if active:
                     result = self._preconditioned(group, result, layers, side, left if side == "a" else right)
                 shape = (-1, group.r, 1) if side == "a" else (-1, 1, group.r)
@@ -313,7 +315,8 @@ class RankSpaceGeometry:
         Weights, covariances and optimizer moments go through the same linear maps; inverses are recomputed.
 
         Args:
-            maps: Given `(a_cov, g_cov, k, enough_g)`, stacked over layers, returns the maps of A and B.
+            maps: Given `(a_cov, g_cov, kept, enough_g)`, stacked over layers, returns the maps of A and B; kept `[L, r]` bool
+                marks the coordinates that stay.
             ranks: New effective ranks by layer name; layers not named keep theirs.
             blend: γ in (0, 1]; below 1 the projection is partial and ranks stay as they are.
             optimizer: Its moments of A and B are carried along.
@@ -325,21 +328,30 @@ class RankSpaceGeometry:
         self.reprojection_count += 1
 
     @torch.no_grad()
-    def set_ranks(self, maps: MapsRule, ranks: Mapping[str, int], *, optimizer: Optimizer | None = None) -> None:
+    def set_ranks(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int],
+        *,
+        left_out: Mapping[str, int] | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         """Give layers new effective ranks, at once; like `reproject`, but counts as no reprojection.
 
-        Only layers whose rank falls change coordinates. Where it rises, B's next columns grow from zero.
+        Layers whose rank falls go through `maps`. Where it rises, ΔW stays as it is: the dropped directions that B's
+        gradient pulls at most come first (`functional.regrowth`), and their columns grow from zero.
 
         Args:
-            maps: As in `reproject`; should leave ΔW as it is but for the directions beyond k.
+            maps: As in `reproject`; should leave ΔW as it is but for the directions that are dropped.
             ranks: New effective ranks by layer name.
+            left_out: By layer name, a coordinate that is zeroed in B this once; it may grow back from the next step on.
             optimizer: Its moments of A and B are carried along.
 
         Raises:
             ValueError: If a rank is not in 1 … r.
         """
-        if any(self.layers[name].rank != rank for name, rank in ranks.items()):
-            self._change_coordinates(maps, ranks, 1.0, optimizer, only_where_falling=True)
+        if left_out or any(self.layers[name].rank != rank for name, rank in ranks.items()):
+            self._change_coordinates(maps, ranks, 1.0, optimizer, left_out or {}, only_where_needed=True)
 
     def enough(self, group: RankGroup) -> Tensor:
         """Layers `[L]` bool of a group with enough samples for decisions (`kfac_min_samples`)."""
@@ -351,13 +363,14 @@ class RankSpaceGeometry:
         ranks: Mapping[str, int],
         blend: float,
         optimizer: Optimizer | None,
+        left_out: Mapping[str, int] | None = None,
         *,
-        only_where_falling: bool = False,
+        only_where_needed: bool = False,
     ) -> None:
         with self.stopwatch("reprojection"):
             self.reduce()
             for group in self.groups:
-                self._change_group(group, maps, ranks, blend, optimizer, only_where_falling)
+                self._change_group(group, maps, ranks, blend, optimizer, left_out or {}, only_where_needed)
             if self._steps >= self.config.kfac_update_freq:
                 self.refresh()
 
@@ -368,7 +381,8 @@ class RankSpaceGeometry:
         ranks: Mapping[str, int],
         blend: float,
         optimizer: Optimizer | None,
-        only_where_falling: bool,
+        left_out: Mapping[str, int],
+        only_where_needed: bool,
     ) -> None:
         wanted = torch.tensor(
             [ranks.get(site.name, int(rank)) for site, rank in zip(group.sites, group.ranks, strict=True)]
@@ -377,14 +391,25 @@ class RankSpaceGeometry:
             raise ValueError(f"Effective ranks must lie in 1 … r = {group.r}, got {sorted(set(wanted.tolist()))}.")
         enough = self.enough(group)
         seen_g = group.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-        still = ~enough | (wanted >= group.ranks).to(group.device) if only_where_falling else ~enough
-        maps = rule(group.a_cov, group.g_cov, wanted.to(group.device), enough & seen_g)
-        maps = _identity_where(still, maps)
+        kept = F.rank_mask(wanted, group.r)
+        holes = torch.tensor([site.name in left_out for site in group.sites])
+        for index in holes.nonzero().flatten().tolist():
+            kept[index, left_out[group.sites[index].name]] = False
+        falling, rising = (group.ranks > wanted) | holes, (group.ranks < wanted) & ~holes
+        moving = enough & falling.to(group.device) if only_where_needed else enough
+        maps = _where(moving, rule(group.a_cov, group.g_cov, kept.to(group.device), enough & seen_g))
+        if only_where_needed and bool(rising.any()):
+            regrowth = F.regrowth(group.a_cov, group.gradient_gram, group.ranks.to(group.device))
+            maps = _where(enough & rising.to(group.device), regrowth.maps, maps)
         if blend == 1.0:
             group.ranks = torch.where(enough.cpu(), wanted, group.ranks)
         group.apply("a", lambda factor: factor.data, lambda stack, layers: maps.a_map[layers] @ stack.float())
         group.apply("b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers])
         group.total.a, group.total.g = F.carry_covariances(group.total.a, group.total.g, maps)
+        group.gradient_gram, *references = (
+            F.carry_covariances(matrix, matrix, maps)[0] for matrix in (group.gradient_gram, *group.references.values())
+        )
+        group.references = dict(zip(group.references, references, strict=True))
         if optimizer is not None:
             carry_optimizer_state(optimizer, group, maps)
 
@@ -427,11 +452,12 @@ class RankSpaceGeometry:
         return iter(self.layers.values())
 
 
-def _identity_where(skip: Tensor, maps: F.ReprojectionMaps) -> F.ReprojectionMaps:
-    """Replace the maps of the layers in `skip` `[L]` by the identity."""
+def _where(choose: Tensor, maps: F.ReprojectionMaps, other: F.ReprojectionMaps | None = None) -> F.ReprojectionMaps:
+    """Take `maps` for the layers that `choose` `[L]` marks, `other` (by default the identity) elsewhere."""
     identity = torch.eye(maps.a_map.shape[-1], device=maps.a_map.device)
-    where = skip.view(-1, 1, 1)
-    return F.ReprojectionMaps(torch.where(where, identity, maps.a_map), torch.where(where, identity, maps.b_map))
+    rest = (identity, identity) if other is None else other
+    where = choose.view(-1, 1, 1)
+    return F.ReprojectionMaps(*(torch.where(where, new, old) for new, old in zip(maps, rest, strict=True)))
 
 
 def _is_distributed() -> bool:

@@ -67,12 +67,15 @@ class RankGroup:
         g_basis: `[L, r, r]`, eigenvectors of Σ_g, likewise.
         basis_version: Counts refreshes of the bases.
         natural: Whether the optimizer was last handed preconditioned gradients, so that its moments average those.
+        gradient_gram: `[L, r, r]`, ∇Bᵀ∇B summed over the steps taken at a reduced rank, fading like the statistics: the
+            only evidence that there is on dropped directions.
+        references: Matrices `[L, r, r]` by name that follow every change of coordinates as Σ_a does, for comparison later.
         ready: `[L]` bool, layers whose inverses and bases may be applied.
     """
 
     PERSISTENT = (
         *("tokens", "rejected", "fallbacks", "escalations", "ranks"),
-        *("a_inverse", "g_inverse", "a_basis", "g_basis", "ready"),
+        *("a_inverse", "g_inverse", "a_basis", "g_basis", "ready", "gradient_gram"),
     )
 
     def __init__(self, sites: Sequence[LoraSite]) -> None:
@@ -90,6 +93,8 @@ class RankGroup:
         self.a_inverse, self.g_inverse = identity.clone(), identity.clone()
         self.a_basis, self.g_basis = identity.clone(), identity.clone()
         self.basis_version = 0
+        self.gradient_gram = torch.zeros(layers, self.r, self.r)
+        self.references: dict[str, Tensor] = {}
         self.ready = torch.zeros(layers, dtype=torch.bool)
         self.natural = False
         self.calls = [0] * layers
@@ -109,6 +114,7 @@ class RankGroup:
         for name in self.PERSISTENT:
             if name != "ranks":
                 setattr(self, name, getattr(self, name).to(device))
+        self.references = {name: tensor.to(device) for name, tensor in self.references.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as plain tensors, lists and names."""
@@ -120,6 +126,7 @@ class RankGroup:
             "layers": names,
             "heard": list(self.heard),
             "basis_version": self.basis_version,
+            "references": {name: tensor.detach().cpu().clone() for name, tensor in self.references.items()},
             "natural": self.natural,
         }
 
@@ -144,6 +151,7 @@ class RankGroup:
                 tensor.copy_(value)
         self.heard = list(state["heard"])
         self.basis_version = state["basis_version"]
+        self.references = {name: tensor.to(self.device).clone() for name, tensor in state["references"].items()}
         self.natural = state["natural"]
 
     # Views.
@@ -162,6 +170,12 @@ class RankGroup:
     def kept(self) -> Tensor:
         """`[L, r]` bool on the statistics' device: coordinates below the effective rank."""
         return F.rank_mask(self.ranks, self.r).to(self.device)
+
+    def observe_gradients(self, gradients: Tensor, layers: Tensor, decay: float) -> None:
+        """Add raw gradients of B `[n, d_out, r]` of the layers `[n]` to their `gradient_gram`, unless they are not finite."""
+        gram = gradients.mT @ gradients
+        gram = torch.where(gram.isfinite().all(-1).all(-1).view(-1, 1, 1), gram, 0.0)
+        self.gradient_gram[layers] = decay * self.gradient_gram[layers] + gram
 
     # Batched access to the factors, bucketed by shape.
 
