@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from gsm8k import collate, examples
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
@@ -48,32 +49,6 @@ RULES: dict[str, tuple[GeometryConfig | None, Any]] = {
     ),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def examples(path: Path, tokenizer: Any, longest: int, count: int) -> list[dict[str, list[int]]]:
-    """The first `count` questions whose prompt and answer fit `longest` tokens, labels on the answer."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-        answer = [*tokenizer(" " + row["answer"]).input_ids, tokenizer.eos_token_id]
-        if len(prompt) + len(answer) <= longest:
-            rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        if len(rows) == count:
-            return rows
-    raise ValueError(f"{path} has only {len(rows)} questions of at most {longest} tokens, {count} are wanted.")
-
-
-def collate(pad: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Right-pad to the longest row."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    return {"input_ids": padded("input_ids", pad), "labels": padded("labels", -100), "attention_mask": mask}
 
 
 def run_one(rule: str, lr: float, seed: int, args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
