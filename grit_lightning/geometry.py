@@ -138,19 +138,24 @@ class RankSpaceGeometry:
         for group in self.groups:
             group.to(device)
 
-    def start_micro_batch(self, token_mask: Tensor, gradient_scale: Tensor | float) -> None:
+    def start_micro_batch(
+        self, token_mask: Tensor, gradient_scale: Tensor | float, loss_scale: Tensor | float | None = None
+    ) -> None:
         """Begin to listen: call before the forward pass whose backward pass is to be counted.
 
         Args:
             token_mask: `[B, T]`, non-zero where a token is real.
             gradient_scale: Factor that turns the gradients autograd will deliver into those of the sum of token losses:
                 (label tokens the loss was averaged over) · (accumulation steps) / (AMP loss scale).
+            loss_scale: (AMP loss scale) / (accumulation steps) if regularisers are on: their gradients are added to the
+                backward pass, after the statistics have seen the loss's own. None adds nothing.
         """
         for group in self.groups:
             group.micro.clear()
             group.calls = [0] * len(group.sites)
-        if self._micro_batches % self.config.cov_update_freq == 0:
-            self._capture.start(token_mask.bool(), gradient_scale)
+        records = self._micro_batches % self.config.cov_update_freq == 0
+        if records or loss_scale is not None:
+            self._capture.start(token_mask.bool(), gradient_scale, records=records, loss_scale=loss_scale)
 
     @torch.no_grad()
     def finish_micro_batch(self) -> None:
@@ -237,16 +242,50 @@ class RankSpaceGeometry:
                 cov = cov.masked_fill(~block, 0.0).to(device)
                 if self.compute_bases:
                     bases.append(F.eigenbasis(cov)[1].to(group.device))
-                damping = F.damping_levels(cov, self.config.kfac_damping, self.config.damping_mode)
+                damping = self._damping(group, cov)
                 result = F.damped_inverse(cov, damping)
                 group.escalations += result.attempts.to(group.device).clamp(min=1) - 1
                 inverses.append(result.inverse.to(group.device))
             group.a_inverse, group.g_inverse = inverses
             group.ready = group.tokens >= self.config.kfac_min_samples
+            if self.config.regularised:
+                group.penalty = self._penalty_form(group)
             if self.compute_bases:
                 identity = torch.eye(group.r, device=group.device)
                 group.a_basis, group.g_basis = (torch.where(group.ready.view(-1, 1, 1), u, identity) for u in bases)
                 group.basis_version += 1
+
+    def _penalty_form(self, group: RankGroup) -> Tensor:
+        """Q `[L, r, r]` of the regularisers at the weights of this step, for the layers with enough samples."""
+        warmup = self.config.penalty_warmup_steps
+        ramp = 1.0 if warmup == 0 else min(1.0, self._steps / warmup)
+        _, vectors = F.eigenbasis(group.a_cov)
+        gram = torch.stack(
+            [site.scaling**2 * site.up.weight.float().mT @ site.up.weight.float() for site in group.sites]
+        )
+        form = F.curvature_form(group.g_cov, ramp * self.config.curvature_penalty)
+        form = form + F.reprojection_form(
+            F.projector(vectors, group.kept.sum(-1)), gram, ramp * self.config.reprojection_penalty
+        )
+        return form * group.ready.view(-1, 1, 1)
+
+    @property
+    def penalty(self) -> Tensor:
+        """Value of the regularisers summed over layers, in nats per token, as of the last refresh."""
+        forms = [(group.penalty, group.a_cov) for group in self.groups if group.penalty is not None]
+        return torch.stack([F.quadratic_penalty(form, cov).sum() for form, cov in forms] or [torch.zeros(())]).sum()
+
+    def _damping(self, group: RankGroup, cov: Tensor) -> Tensor:
+        """λ `[L]` of one factor, by the configured mode."""
+        noise = group.quantization_noise if self.config.damping_mode == "quantization_aware" else None
+        return F.damping_levels(
+            cov,
+            self.config.kfac_damping,
+            self.config.damping_mode,
+            tokens=(group.tokens / max(self._steps, 1)).to(cov.device),
+            reference_tokens=self.config.damping_reference_tokens,
+            noise=None if noise is None else noise.to(cov.device),
+        )
 
     def _precondition(self, group: RankGroup, wanted: bool) -> None:
         """Precondition the gradients of one group, and keep dropped directions still."""
@@ -280,6 +319,8 @@ class RankSpaceGeometry:
         new = apply(raw, inverse[layers])
         if self.config.grafting:
             new = F.graft(new, raw)
+        if self.config.trust_clip is not None:
+            new = F.trust_clip(new, raw, self.config.trust_clip)
         new, fell_back = F.finite_or_raw(new, raw)
         group.fallbacks.index_add_(0, layers, fell_back.long())
         return torch.where(group.ready[layers].view(-1, 1, 1), new, raw)

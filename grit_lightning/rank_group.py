@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from grit_lightning import functional as F
 from grit_lightning.adapters import LoraSite
+from grit_lightning.quantization import relative_quantization_noise
 
 
 class Statistics:
@@ -70,6 +72,7 @@ class RankGroup:
         gradient_gram: `[L, r, r]`, ∇Bᵀ∇B summed over the steps taken at a reduced rank, fading like the statistics: the
             only evidence that there is on dropped directions.
         references: Matrices `[L, r, r]` by name that follow every change of coordinates as Σ_a does, for comparison later.
+        penalty: `[L, r, r]`, the quadratic forms of the regularisers as of the last refresh; None while they are off.
         ready: `[L]` bool, layers whose inverses and bases may be applied.
     """
 
@@ -97,6 +100,7 @@ class RankGroup:
         self.references: dict[str, Tensor] = {}
         self.ready = torch.zeros(layers, dtype=torch.bool)
         self.natural = False
+        self.penalty: Tensor | None = None
         self.calls = [0] * layers
         self.heard = [False] * layers
 
@@ -128,6 +132,7 @@ class RankGroup:
             "basis_version": self.basis_version,
             "references": {name: tensor.detach().cpu().clone() for name, tensor in self.references.items()},
             "natural": self.natural,
+            "penalty": None if self.penalty is None else self.penalty.detach().cpu().clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,6 +158,7 @@ class RankGroup:
         self.basis_version = state["basis_version"]
         self.references = {name: tensor.to(self.device).clone() for name, tensor in state["references"].items()}
         self.natural = state["natural"]
+        self.penalty = None if state["penalty"] is None else state["penalty"].to(self.device)
 
     # Views.
 
@@ -176,6 +182,11 @@ class RankGroup:
         gram = gradients.mT @ gradients
         gram = torch.where(gram.isfinite().all(-1).all(-1).view(-1, 1, 1), gram, 0.0)
         self.gradient_gram[layers] = decay * self.gradient_gram[layers] + gram
+
+    @cached_property
+    def quantization_noise(self) -> Tensor:
+        """`[L]` relative squared error of the quantised base layers; measured once, zero for dense ones."""
+        return torch.tensor([relative_quantization_noise(site.base) for site in self.sites])
 
     # Batched access to the factors, bucketed by shape.
 
