@@ -5,7 +5,7 @@
 Trains a LoRA on GSM8K for `--steps`, then, from that same state, projects once with each mode at each τ and trains on. Columns:
 mean k over layers; predicted loss change ½ tr(EᵀΣ_gEΣ_a) summed over layers (nats per answer token); measured change of the
 held-out loss; relative change ‖ΔW' − ΔW‖ / ‖ΔW‖ over all layers; held-out loss `--after` steps later. k is chosen by the energy
-rule at τ: on the eigenvalues of Σ_a for one_sided and two_sided, on σ² for balanced; `same k` gives balanced the k of one_sided.
+rule at τ: on the eigenvalues of Σ_a for one_sided and two_sided, on σ² for balanced; `same k` is balanced at one_sided's k.
 """
 
 from __future__ import annotations
@@ -144,9 +144,8 @@ def main() -> None:
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
     answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     run.train(batches[args.steps :])
-    print(
-        f"held-out loss: start {start:.4f}, after {args.steps} steps {trained:.4f}, {args.after} steps later {run.loss(held_out):.4f}"
-    )
+    later = run.loss(held_out)
+    print(f"held-out loss: {start:.4f} at first, {trained:.4f} after {args.steps} steps, {later:.4f} after {args.after} more")
     print("| mode | τ | mean k | predicted Δloss | measured Δloss | ‖δΔW‖/‖ΔW‖ | loss later |\n" + "|---" * 7 + "|")
     for tau in args.taus:
         for label, mode, spectrum in (
