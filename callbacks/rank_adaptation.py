@@ -37,7 +37,8 @@ class RankAdaptation(GeometryCallback):
     function is the one a compacted adapter of rank k computes, while the rows of A stay and go on being measured. Where k
     rises, columns grow from zero, the direction that B's gradient pulls at most first.
 
-    How a dropped direction returns: under `energy` its eigenvalue of Σ_a is still measured, and k rises with it. Under
+    How a dropped direction returns: under `energy` its eigenvalue of Σ_a is still measured, and k rises with it (but the
+    frozen rows of A lose weight beside kept ones that grow, however much there is to learn in them). Under
     `balanced` and `kl_budget` its σ is 0 as long as B's column is, whatever the data do. There B's gradient decides,
     which autograd computes for dropped columns too: a direction returns when it promises `return_ratio` times the gain of
     the average kept one (`functional.regrowth`), and at the next decision σ judges what has grown. What was dropped stays

@@ -215,8 +215,9 @@ def test_mixing_zeroes_one_kept_direction_and_keeps_the_rank(geometry: RankSpace
 def test_mixing_draws_by_seed_and_resumes(geometry: RankSpaceGeometry) -> None:
     observe(geometry, rotated(SPECTRA[1:2] * 4), torch.eye(4).expand(4, 4, 4))
 
-    def draws(callback: RankAdaptation, n: int) -> list[list[str]]:
-        return [callback.adapt(geometry, step)[2] for step in range(n)]
+    def draws(callback: RankAdaptation, n: int) -> list[list[int]]:
+        mixed = [callback.adapt(geometry, step)[2] for step in range(n)]
+        return [[index for index, name in enumerate(geometry.layers) if name in names] for names in mixed]
 
     def fresh(seed: int = 0) -> RankAdaptation:
         return RankAdaptation(min_rank=1, mixing_probability=0.5, seed=seed)
