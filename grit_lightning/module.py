@@ -35,8 +35,9 @@ class GritLitModule(LightningModule):
     """Fine-tunes a causal language model through a PEFT adapter whose gradients are preconditioned in rank space.
 
     A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
-    nothing is learnt. `position_ids` `[B, T]` are used if present; `choice_ids` `[B, C, K]` and `target` `[B]` turn
-    evaluation into classification over C closed answers; any other key is ignored.
+    nothing is learnt. `position_ids` `[B, T]` that restart at 0 say that a row packs several documents, which then do not
+    attend to each other. A document's first token is never learnt, whatever its label. `choice_ids` `[B, C, K]` and
+    `target` `[B]` turn evaluation into classification over C closed answers; any other key is ignored.
 
     Args:
         backbone: Hub id, local folder, GGUF file, `pypi:<module>` for a model inside an installed package, or an instance.
@@ -197,8 +198,14 @@ class GritLitModule(LightningModule):
         self._check_context(batch["input_ids"].shape[1])
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if self._accepts("position_ids"):
-            inputs["position_ids"] = batch.get("position_ids", position_ids(batch["attention_mask"]))
-        labels = batch["labels"]
+            inputs["position_ids"] = position_ids(batch["attention_mask"])
+        if "position_ids" in batch:
+            self._check_packing(len(batch["input_ids"]))
+            # transformers keeps documents apart where positions do not go up by one, but only without a mask: padding gets
+            # a position that nothing can follow.
+            inputs["position_ids"] = packed_positions(batch)
+            del inputs["attention_mask"]
+        labels = learnt_labels(batch)
         if trim and self._accepts("logits_to_keep"):
             labels = trimmed_labels(labels)
             inputs["logits_to_keep"] = labels.shape[1]
@@ -208,7 +215,7 @@ class GritLitModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy over the label tokens; tells the geometry how to undo that mean."""
-        label_tokens = label_token_count(batch["labels"])
+        label_tokens = label_token_count(learnt_labels(batch))
         if self.geometry is not None:
             loss_scale = torch.full((), 1.0 / self.trainer.accumulate_grad_batches, device=self.device)
             if self._scaler is not None:
@@ -271,7 +278,7 @@ class GritLitModule(LightningModule):
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
         output = self(batch, trim=True)
-        weight = int(label_token_count(batch["labels"]))  # the epoch's loss is the mean over label tokens
+        weight = int(label_token_count(learnt_labels(batch)))  # the epoch's loss is the mean over label tokens
         self.log(f"{prefix}/loss", output.loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
         if "choice_ids" in batch and prefix in self.metrics:
             metrics = self.metrics[prefix]
@@ -288,6 +295,19 @@ class GritLitModule(LightningModule):
             raise ValueError(
                 f"A sequence of {length} tokens does not fit the model's context of {context}. "
                 f"Set data.max_length to at most {context}."
+            )
+
+    def _check_packing(self, rows: int) -> None:
+        if not self._accepts("position_ids"):
+            raise ValueError(
+                f"The batch has position_ids, but {type(self.peft_model.get_base_model()).__name__} takes none, so that packed "
+                "documents would attend to each other. Put one document in a row, without position_ids."
+            )
+        kernel = getattr(self.peft_model.config, "_attn_implementation", None) or ""
+        if "flash" in kernel and rows > 1:
+            raise ValueError(
+                f"{kernel} keeps packed documents apart only in batches of one row, this one has {rows}. Set the batch size "
+                "to 1 and accumulate, or set attn_implementation to sdpa."
             )
 
     @property
@@ -345,6 +365,19 @@ class GritLitModule(LightningModule):
 
     def _trained_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def packed_positions(batch: Batch) -> Tensor:
+    """The batch's own `position_ids` `[B, T]`, with T − 1 on padding, so that no real token goes on from there."""
+    positions = batch["position_ids"]
+    return positions.masked_fill(batch["attention_mask"] == 0, positions.shape[1] - 1)
+
+
+def learnt_labels(batch: Batch) -> Tensor:
+    """The batch's labels `[B, T]` but for documents' first tokens: before them is padding, another document, or nothing."""
+    first = batch.get("position_ids", position_ids(batch["attention_mask"])) == 0
+    first[:, 1:] |= batch["attention_mask"][:, :-1] == 0
+    return batch["labels"].masked_fill(first, IGNORED_LABEL)
 
 
 def trimmed_labels(labels: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""The truth that every test of this folder compares with, and the runs that must reproduce it.
+
+The truth keeps the full input x and output gradient δ of every adapted layer, in float64, one unpadded document at a
+time, and forms a = A x and g = s·Bᵀδ itself. It shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from grit_lightning import GeometryConfig, GritLitModule
+from grit_lightning.geometry import RankSpaceGeometry
+
+Batch = dict[str, Tensor]
+Covariances = dict[str, tuple[Tensor, Tensor]]
+
+
+def _documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels of every document: the real tokens of a row, cut where `position_ids` restart."""
+    for row in range(len(batch["input_ids"])):
+        real = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+        positions = batch["position_ids"][row][real] if "position_ids" in batch else torch.arange(len(ids))
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            yield ids[start:end], labels[start:end]
+
+
+def _truth(model: nn.Module, batches: list[Batch], seed: int = 0) -> Covariances:
+    model = copy.deepcopy(model).double()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    deltas: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        for hooks in (layer._forward_hooks, layer.lora_A[layer.active_adapters[0]]._forward_hooks):
+            hooks.clear()  # those of the geometry under test, which deepcopy has copied too
+
+        def keep_input(module: nn.Module, args: Any, name: str = name) -> None:
+            inputs[name].append(args[0].detach().flatten(0, -2))
+
+        def keep_delta(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            output.register_hook(lambda delta: deltas[name].append(delta.detach().flatten(0, -2)))
+
+        layer.lora_A[layer.active_adapters[0]].register_forward_pre_hook(keep_input)  # behind lora_dropout
+        layer.register_forward_hook(keep_delta)
+    torch.manual_seed(seed)
+    for batch in batches:
+        for ids, labels in _documents(batch):
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100).backward()
+    covariances = {}
+    for name, layer in layers.items():
+        adapter = layer.active_adapters[0]
+        a = torch.cat(inputs[name]) @ layer.lora_A[adapter].weight.detach().T
+        g = layer.scaling[adapter] * torch.cat(deltas[name]) @ layer.lora_B[adapter].weight.detach()
+        covariances[name] = (a.T @ a / len(a), g.T @ g / len(g))
+    return covariances
+
+
+@pytest.fixture
+def truth() -> Callable[..., Covariances]:
+    """`truth(model, batches)`: Σ_a and Σ_g of every layer by name, float64."""
+    return _truth
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture
+def assert_agrees() -> Callable[..., None]:
+    """`assert_agrees(geometry, covariances, a=…, g=…)`: relative Frobenius errors of all layers are below `a` and `g`."""
+
+    def check(geometry: RankSpaceGeometry, expected: Covariances, *, a: float = 1e-5, g: float = 1e-4) -> None:
+        assert geometry.layers.keys() == expected.keys()
+        errors = {
+            name: (_relative_error(view.a_cov, expected[name][0]), _relative_error(view.g_cov, expected[name][1]))
+            for name, view in geometry.layers.items()
+        }
+        assert all(error_a < a and error_g < g for error_a, error_g in errors.values()), errors
+
+    return check
+
+
+@pytest.fixture
+def randomize() -> Callable[[nn.Module], nn.Module]:
+    """Gives both factors of every layer seeded random values, as after some training, so that B ≠ 0."""
+
+    def fill(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def make_module(
+    make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], randomize: Callable[..., Any]
+) -> Callable[..., GritLitModule]:
+    """A factory of built modules whose weights do not move (SGD at rate 0), so that all steps see the same model."""
+
+    def make(llama: dict[str, Any] | None = None, **overrides: Any) -> GritLitModule:
+        settings: dict[str, Any] = {
+            "backbone": make_tiny_llama(**(llama or {})),
+            "adapter": lora_config(),
+            "geometry": GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, cov_averaging="mean"),
+            "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+            "lr_scheduler": None,
+        }
+        module = GritLitModule(**(settings | overrides))
+        module.configure_model()
+        randomize(module.peft_model)
+        return module
+
+    return make
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
+    """`fit(module, batches, **trainer_settings)` runs one epoch on the CPU, without logger or checkpoints."""
+
+    def run(module: GritLitModule, batches: list[Batch], validation: list[Batch] = (), **overrides: Any) -> pl.Trainer:
+        settings: dict[str, Any] = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": len(validation),
+            "default_root_dir": tmp_path,
+        }
+        trainer = pl.Trainer(**(settings | overrides))
+        trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(list(validation), batch_size=None))
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def measure() -> Callable[..., RankSpaceGeometry]:
+    """`measure(model, batches)`: a geometry that has seen one accumulation window, driven without Lightning."""
+
+    def run(
+        model: nn.Module,
+        batches: list[Batch],
+        *,
+        config: GeometryConfig | None = None,
+        weight: float = 1.0,
+        seed: int = 0,
+    ) -> RankSpaceGeometry:
+        geometry = RankSpaceGeometry(model, config or GeometryConfig())
+        torch.manual_seed(seed)
+        for batch in batches:
+            tokens = (batch["labels"][:, 1:] != -100).sum()
+            geometry.start_micro_batch(batch["attention_mask"], tokens * float(len(batches)))
+            (weight * model(**batch).loss / len(batches)).backward()
+            geometry.finish_micro_batch()
+        geometry.step()
+        return geometry
+
+    return run
