@@ -29,12 +29,17 @@ def test_an_error_raised_by_the_package_is_one_line(kind: str, capsys: pytest.Ca
 
 
 def test_an_error_raised_by_the_package_is_found_behind_its_wrapping(capsys: pytest.CaptureFixture[str]) -> None:
-    f = inside_the_package("def f():\n    raise ValueError('set x to 1')")
+    f = inside_the_package(
+        """
+def f():
+    try:
+        raise ValueError('set x to 1')
+    except ValueError as error:
+        raise RuntimeError('the parser failed') from error
+"""
+    )
     with pytest.raises(SystemExit), one_line_errors():
-        try:
-            f()
-        except ValueError as error:
-            raise RuntimeError("the parser failed") from error
+        f()
     assert capsys.readouterr().err == "grit: error: set x to 1\n"
 
 

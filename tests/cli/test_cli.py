@@ -120,7 +120,7 @@ def test_a_taken_folder_is_refused_and_left_alone(grit: Grit, capsys: pytest.Cap
 def test_overwriting_removes_the_run_and_nothing_else(grit: Grit) -> None:
     Path("a/notes.txt").write_text("mine")
     first_events = {path.name for path in Path("a").glob("events*")}
-    grit("fit", "--output=a", "--overwrite=true", "--trainer.max_steps=3")
+    grit("fit", "--output=a", "--overwrite", "--trainer.max_steps=3")
     assert Path("a/notes.txt").read_text() == "mine"
     assert not first_events & {path.name for path in Path("a").glob("events*")}
     assert [path.name for path in Path("a/checkpoints").glob("epoch*")] == ["epoch=0-step=3.ckpt"]
