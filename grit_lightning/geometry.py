@@ -11,7 +11,7 @@ step) and by callbacks (reprojection, rank).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,10 @@ from grit_lightning import functional as F
 from grit_lightning.adapters import count_trainable, find_lora_sites
 from grit_lightning.capture import RankSpaceCapture
 from grit_lightning.config import GeometryConfig
-from grit_lightning.optimizer_state import carry_optimizer_state
+from grit_lightning.coordinates import CoordinateChange, MapsRule
+from grit_lightning.preconditioner import Preconditioner
 from grit_lightning.rank_group import RankGroup, group_by_rank
 from grit_lightning.timing import Stopwatch
-
-MapsRule = Callable[[Tensor, Tensor, Tensor, Tensor], F.ReprojectionMaps]
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class RankSpaceGeometry:
         self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)
         self._capture = RankSpaceCapture(self.groups, self.stopwatch)
+        self._preconditioner = Preconditioner(config)
         self._micro_batches = 0
         self._steps = 0
         self._windows_since_reduce = 0
@@ -224,7 +224,7 @@ class RankSpaceGeometry:
                 self._require_all_heard()
                 self.refresh()
             for group in self.groups:
-                self._precondition(group, precondition)
+                self._preconditioner.apply(group, self._steps, precondition)
 
     @property
     def refresh_due(self) -> bool:
@@ -232,98 +232,15 @@ class RankSpaceGeometry:
         return self._steps % self.config.kfac_update_freq == 0
 
     def refresh(self) -> None:
-        """Invert the damped factors of every layer, one batched Cholesky a group and factor."""
+        """Invert the damped factors of every layer, and whatever else is derived from the statistics now and then."""
         for group in self.groups:
-            kept = group.kept
-            block = kept.unsqueeze(-1) & kept.unsqueeze(-2)
-            device = torch.device("cpu") if self.config.kfac_inversion_device == "cpu" else group.device
-            inverses, bases = [], []
-            for cov in (group.a_cov, group.g_cov):
-                cov = cov.masked_fill(~block, 0.0).to(device)
-                if self.compute_bases:
-                    bases.append(F.eigenbasis(cov)[1].to(group.device))
-                damping = self._damping(group, cov)
-                result = F.damped_inverse(cov, damping)
-                group.escalations += result.attempts.to(group.device).clamp(min=1) - 1
-                inverses.append(result.inverse.to(group.device))
-            group.a_inverse, group.g_inverse = inverses
-            group.ready = group.tokens >= self.config.kfac_min_samples
-            if self.config.regularised:
-                group.penalty = self._penalty_form(group)
-            if self.compute_bases:
-                identity = torch.eye(group.r, device=group.device)
-                group.a_basis, group.g_basis = (torch.where(group.ready.view(-1, 1, 1), u, identity) for u in bases)
-                group.basis_version += 1
-
-    def _penalty_form(self, group: RankGroup) -> Tensor:
-        """Q `[L, r, r]` of the regularisers at the weights of this step, for the layers with enough samples."""
-        warmup = self.config.penalty_warmup_steps
-        ramp = 1.0 if warmup == 0 else min(1.0, self._steps / warmup)
-        _, vectors = F.eigenbasis(group.a_cov)
-        gram = torch.stack(
-            [site.scaling**2 * site.up.weight.float().mT @ site.up.weight.float() for site in group.sites]
-        )
-        form = F.curvature_form(group.g_cov, ramp * self.config.curvature_penalty)
-        form = form + F.reprojection_form(
-            F.projector(vectors, group.kept.sum(-1)), gram, ramp * self.config.reprojection_penalty
-        )
-        return form * group.ready.view(-1, 1, 1)
+            self._preconditioner.refresh(group, self._steps, with_bases=self.compute_bases)
 
     @property
     def penalty(self) -> Tensor:
         """Value of the regularisers summed over layers, in nats per token, as of the last refresh."""
         forms = [(group.penalty, group.a_cov) for group in self.groups if group.penalty is not None]
         return torch.stack([F.quadratic_penalty(form, cov).sum() for form, cov in forms] or [torch.zeros(())]).sum()
-
-    def _damping(self, group: RankGroup, cov: Tensor) -> Tensor:
-        """λ `[L]` of one factor, by the configured mode."""
-        noise = group.quantization_noise if self.config.damping_mode == "quantization_aware" else None
-        return F.damping_levels(
-            cov,
-            self.config.kfac_damping,
-            self.config.damping_mode,
-            tokens=(group.tokens / max(self._steps, 1)).to(cov.device),
-            reference_tokens=self.config.damping_reference_tokens,
-            noise=None if noise is None else noise.to(cov.device),
-        )
-
-    def _precondition(self, group: RankGroup, wanted: bool) -> None:
-        """Precondition the gradients of one group, and keep dropped directions still."""
-        active = wanted and self._steps > self.config.ng_warmup_steps and bool(group.ready.any())
-        group.natural = active
-        reduced = bool((group.ranks < group.r).any())
-        if not active and not reduced:
-            return
-        swapped = self.config.pairing == F.Pairing.SWAPPED.value
-        left, right = (group.a_inverse, group.g_inverse) if swapped else (group.g_inverse, group.a_inverse)
-        kept = group.kept.float()
-
-        def transform(side: str) -> Callable[[Tensor, Tensor], Tensor]:
-            def update(raw: Tensor, layers: Tensor) -> Tensor:
-                result = raw.float()
-                if reduced and side == "b":
-                    group.observe_gradients(result, layers, self.config.decay)
-                if active:
-                    result = self._preconditioned(group, result, layers, side, left if side == "a" else right)
-                shape = (-1, group.r, 1) if side == "a" else (-1, 1, group.r)
-                return result * kept[layers].view(shape) if reduced else result
-
-            return update
-
-        for side in ("a", "b"):
-            group.apply(side, lambda factor: factor.grad, transform(side))
-
-    def _preconditioned(self, group: RankGroup, raw: Tensor, layers: Tensor, side: str, inverse: Tensor) -> Tensor:
-        """Precondition stacked gradients, graft, and fall back to the raw gradient where the result is not finite."""
-        apply = F.precondition_a if side == "a" else F.precondition_b
-        new = apply(raw, inverse[layers])
-        if self.config.grafting:
-            new = F.graft(new, raw)
-        if self.config.trust_clip is not None:
-            new = F.trust_clip(new, raw, self.config.trust_clip)
-        new, fell_back = F.finite_or_raw(new, raw)
-        group.fallbacks.index_add_(0, layers, fell_back.long())
-        return torch.where(group.ready[layers].view(-1, 1, 1), new, raw)
 
     def _require_all_heard(self) -> None:
         silent = [
@@ -411,48 +328,10 @@ class RankSpaceGeometry:
         with self.stopwatch("reprojection"):
             self.reduce()
             for group in self.groups:
-                self._change_group(group, maps, ranks, blend, optimizer, left_out or {}, only_where_needed)
+                change = CoordinateChange(group, ranks, left_out or {}, self.enough(group), only_where_needed)
+                change.apply(maps, blend, optimizer)
             if self._steps >= self.config.kfac_update_freq:
                 self.refresh()
-
-    def _change_group(
-        self,
-        group: RankGroup,
-        rule: MapsRule,
-        ranks: Mapping[str, int],
-        blend: float,
-        optimizer: Optimizer | None,
-        left_out: Mapping[str, int],
-        only_where_needed: bool,
-    ) -> None:
-        wanted = torch.tensor(
-            [ranks.get(site.name, int(rank)) for site, rank in zip(group.sites, group.ranks, strict=True)]
-        )
-        if bool(((wanted < 1) | (wanted > group.r)).any()):
-            raise ValueError(f"Effective ranks must lie in 1 … r = {group.r}, got {sorted(set(wanted.tolist()))}.")
-        enough = self.enough(group)
-        seen_g = group.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-        kept = F.rank_mask(wanted, group.r)
-        holes = torch.tensor([site.name in left_out for site in group.sites])
-        for index in holes.nonzero().flatten().tolist():
-            kept[index, left_out[group.sites[index].name]] = False
-        falling, rising = (group.ranks > wanted) | holes, (group.ranks < wanted) & ~holes
-        moving = enough & falling.to(group.device) if only_where_needed else enough
-        maps = _where(moving, rule(group.a_cov, group.g_cov, kept.to(group.device), enough & seen_g))
-        if only_where_needed and bool(rising.any()):
-            regrowth = F.regrowth(group.a_cov, group.gradient_gram, group.ranks.to(group.device))
-            maps = _where(enough & rising.to(group.device), regrowth.maps, maps)
-        if blend == 1.0:
-            group.ranks = torch.where(enough.cpu(), wanted, group.ranks)
-        group.apply("a", lambda factor: factor.data, lambda stack, layers: maps.a_map[layers] @ stack.float())
-        group.apply("b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers])
-        group.total.a, group.total.g = F.carry_covariances(group.total.a, group.total.g, maps)
-        group.gradient_gram, *references = (
-            F.carry_covariances(matrix, matrix, maps)[0] for matrix in (group.gradient_gram, *group.references.values())
-        )
-        group.references = dict(zip(group.references, references, strict=True))
-        if optimizer is not None:
-            carry_optimizer_state(optimizer, group, maps)
 
     # Persistence.
 
@@ -491,14 +370,6 @@ class RankSpaceGeometry:
     def __iter__(self) -> Iterator[LayerView]:
         """Iterate over the layers' views."""
         return iter(self.layers.values())
-
-
-def _where(choose: Tensor, maps: F.ReprojectionMaps, other: F.ReprojectionMaps | None = None) -> F.ReprojectionMaps:
-    """Take `maps` for the layers that `choose` `[L]` marks, `other` (by default the identity) elsewhere."""
-    identity = torch.eye(maps.a_map.shape[-1], device=maps.a_map.device)
-    rest = (identity, identity) if other is None else other
-    where = choose.view(-1, 1, 1)
-    return F.ReprojectionMaps(*(torch.where(where, new, old) for new, old in zip(maps, rest, strict=True)))
 
 
 def _is_distributed() -> bool:

@@ -73,7 +73,7 @@ class RankGroup:
             only evidence that there is on dropped directions.
         references: Matrices `[L, r, r]` by name that follow every change of coordinates as Σ_a does, for comparison later.
         penalty: `[L, r, r]`, the quadratic forms of the regularisers as of the last refresh; None while they are off.
-        ready: `[L]` bool, layers whose inverses and bases may be applied.
+        ready: `[L]` bool, layers whose inverses and bases may be applied; `any_ready` whether there is one.
     """
 
     PERSISTENT = (
@@ -99,6 +99,7 @@ class RankGroup:
         self.gradient_gram = torch.zeros(layers, self.r, self.r)
         self.references: dict[str, Tensor] = {}
         self.ready = torch.zeros(layers, dtype=torch.bool)
+        self.any_ready = False
         self.natural = False
         self.penalty: Tensor | None = None
         self.calls = [0] * layers
@@ -150,6 +151,7 @@ class RankGroup:
             )
         for name in self.PERSISTENT:
             setattr(self, name, state[name].to(getattr(self, name).device).clone())
+        self.any_ready = bool(self.ready.any())
         for part in ("window", "local", "total"):
             target: Statistics = getattr(self, part)
             for tensor, value in zip(target.tensors(), state[part], strict=True):
