@@ -1,5 +1,6 @@
 """When things happen during training: schedules and logging, never the maths."""
 
+from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
@@ -9,6 +10,7 @@ from grit_lightning.callbacks.spectra import SpectraLogger
 from grit_lightning.callbacks.step_timer import StepTimer
 
 __all__ = [
+    "AdapterCheckpoint",
     "GeometryCallback",
     "GeometryProgressBar",
     "RankAdaptation",

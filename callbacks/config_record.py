@@ -14,7 +14,8 @@ from grit_lightning.records import write_atomically
 class ConfigRecord(Callback):
     """Writes the settings of a run to a file, and knows whether training has begun.
 
-    Evaluating a run does not replace the settings that it was trained with. Only rank zero writes.
+    Evaluating a run does not replace the settings that it was trained with, nor does resuming it before its checkpoint
+    has been accepted. Only rank zero writes.
 
     Attributes:
         training_began: Whether every check has passed and a first batch was next.
@@ -34,9 +35,11 @@ class ConfigRecord(Callback):
     @rank_zero_only
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the file, whole or not at all."""
-        if self.path is not None and (stage == "fit" or not self.path.exists()):
+        if self.path is not None and not self.path.exists():
             write_atomically(self.path, self.text)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes that the work has begun."""
+        """Notes that the work has begun, with these settings."""
         self.training_began = True
+        if self.path is not None and trainer.is_global_zero:
+            write_atomically(self.path, self.text)

@@ -115,7 +115,9 @@ class RunRecord(Callback):
         self._on_evaluation_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Writes the record of a run that did not reach its end."""
+        """Writes the record of a run that did not reach its end; one whose checkpoint was refused keeps its own."""
+        if trainer.ckpt_path is not None and not self._fitted:
+            return
         self._stop_clock()
         interrupted = isinstance(exception, KeyboardInterrupt | SystemExit)
         error = f"{type(exception).__name__}: {exception}"

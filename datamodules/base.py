@@ -27,7 +27,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +34,7 @@ from grit_lightning.backbones import load_tokenizer
 from grit_lightning.datamodules.collate import Collator
 from grit_lightning.datamodules.encoding import PromptEncoder
 from grit_lightning.datamodules.prompts import PromptTemplate
+from grit_lightning.datamodules.resumable import ResumableLoader, ResumableSampler
 from grit_lightning.datamodules.sources import package_folder, read_hub, read_local
 from grit_lightning.datamodules.splits import draw, hold_out, select_columns
 from grit_lightning.datamodules.tokenized import RowReader
@@ -143,6 +143,8 @@ class TaskDataModule(LightningDataModule, ABC):
         self._tokenizer = tokenizer
         self._encoder: PromptEncoder | None = None
         self._encoded: dict[Split, datasets.Dataset] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @abstractmethod
     def answer(self, row: Mapping[str, Any]) -> str:
@@ -215,14 +217,32 @@ class TaskDataModule(LightningDataModule, ABC):
                 self._encoded[split] = self._encode(split)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler)."""
+        """Batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler).
+
+        A run that is resumed in the middle of an epoch goes on with its next batch.
+        """
         rows = self._encoded["train"]
         replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        # One process is the case of one replica. DistributedSampler is also what Lightning leaves in place.
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            rows, **{"num_replicas": 1, "rank": 0, **replicas}, shuffle=True, seed=self.seed
-        )
-        return self._loader(rows, self.batch_size, self._collator(evaluating=False), sampler)
+        # One process is the case of one replica. Lightning leaves any kind of DistributedSampler in place.
+        sampler = ResumableSampler(rows, **{"num_replicas": 1, "rank": 0, **replicas}, shuffle=True, seed=self.seed)
+        loader = self._loader(rows, self.batch_size, self._collator(evaluating=False), sampler)
+        if isinstance(loader, ResumableLoader):
+            if self._resumed is not None and self.trainer is not None and self.trainer.ckpt_path is not None:
+                loader.load_state_dict(self._resumed)
+            self._train_loader, self._resumed = loader, None
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training data are.
+
+        Lightning saves the loader's own state too, but does not give it back where the length of the schedule depends on the
+        length of the data (`estimated_stepping_batches`): the loader is then made before the checkpoint is read.
+        """
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, when the training data are asked for."""
+        self._resumed = state_dict.get("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, in the order of the source."""
@@ -241,9 +261,9 @@ class TaskDataModule(LightningDataModule, ABC):
         rows: datasets.Dataset,
         batch_size: int,
         collator: Collator,
-        sampler: DistributedSampler[Any] | None = None,
+        sampler: ResumableSampler | None = None,
     ) -> DataLoader[Any]:
-        return DataLoader(
+        return (DataLoader if sampler is None else ResumableLoader)(
             rows,
             batch_size,
             sampler=sampler,

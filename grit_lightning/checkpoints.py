@@ -14,11 +14,13 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 NOT_SETTINGS = ("peft_type", "auto_mapping", "peft_version", "loftq_config")
 
 
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint; tensors stay on disk until they are used.
+def read_checkpoint(checkpoint: Path, *, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint.
 
     Args:
         checkpoint: Path of a Lightning checkpoint. It is read with `weights_only`, so no code in it can run.
+        map_location: Where its tensors go, as in `torch.load`.
+        mmap: Leave tensors on disk until they are used.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -28,9 +30,11 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         what = "is a folder; expected a checkpoint file" if checkpoint.is_dir() else "does not exist"
         raise FileNotFoundError(f"The checkpoint {checkpoint} {what}.")
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(checkpoint, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from error
+        raise ValueError(
+            f"{checkpoint} cannot be read as a checkpoint, it is damaged or cut off: {error}. Take an earlier one."
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{checkpoint} is no checkpoint: it holds a {type(content).__name__}.")
     return content

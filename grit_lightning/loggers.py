@@ -79,6 +79,16 @@ class JSONLinesLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: config.yaml holds the hyperparameters."""
 
+    def mark(self) -> int:
+        """Returns the present end of the file, in bytes, for `rewind`."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @rank_zero_only
+    def rewind(self, mark: int) -> None:
+        """Drops what was written after `mark`; a file that is shorter is another one, and left alone."""
+        if self.mark() > mark:
+            os.truncate(self.path, mark)
+
     @rank_zero_only
     def truncate_after(self, step: int) -> None:
         """Drops the lines of later steps, so that a resumed run does not hold them twice. RunRecord calls it.

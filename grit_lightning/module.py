@@ -21,12 +21,14 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from grit_lightning.backbones import attach_adapter, load_backbone
 from grit_lightning.config import GeometryConfig
 from grit_lightning.evaluation import choice_scores, position_ids
+from grit_lightning.fingerprint import backbone_fingerprint, require_adapter, require_backbone
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.optimizers import GeometryAdam
+from grit_lightning.random_state import random_states, restore_random_state
 
 IGNORED_LABEL = -100
 CHECKPOINT_KEY = "grit"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 Batch = dict[str, Tensor]
 
@@ -97,6 +99,8 @@ class GritLitModule(LightningModule):
         self._window_micro_batches = 0
         self._window_losses: list[Tensor] = []
         self._model_arguments: frozenset[str] = frozenset()
+        self._fingerprint: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
@@ -120,10 +124,12 @@ class GritLitModule(LightningModule):
         """
         if self.model is not None:
             return
-        model = attach_adapter(load_backbone(**self.loading), self.adapter_config)
+        backbone = load_backbone(**self.loading)
+        fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
+        model = attach_adapter(backbone, self.adapter_config)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
         self._model_arguments = frozenset(inspect.signature(model.get_base_model().forward).parameters)
-        self.model, self.geometry = model, geometry
+        self.model, self.geometry, self._fingerprint = model, geometry, fingerprint
 
     def setup(self, stage: str) -> None:
         """Ask the data module for its task's metrics."""
@@ -332,26 +338,60 @@ class GritLitModule(LightningModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the geometry and the rank map."""
+        """Add what the next step depends on beside Lightning's own, and what tells to whom all of it belongs."""
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": CHECKPOINT_FORMAT,
+            "backbone": self._fingerprint,
+            "adapter": _plain(self.adapter_config.to_dict()),
             "geometry": None if self.geometry is None else self.geometry.state_dict(),
             "ranks": None if self.geometry is None else self.geometry.ranks,
+            "random": random_states(self.device),
+            "window": self._window_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this model, and restore the geometry.
+        """Check that the checkpoint fits this model, and only then restore the geometry.
 
         Raises:
-            ValueError: If the checkpoint is not one of this class, of another format version, or of another adapter.
+            ValueError: If the checkpoint is not one of this class, of another format version, backbone or adapter.
         """
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None or saved["format_version"] != CHECKPOINT_FORMAT:
             found = "no such entry" if saved is None else f"version {saved['format_version']}"
             raise ValueError(f"Expected a GRIT checkpoint of format version {CHECKPOINT_FORMAT}, found {found}.")
+        require_backbone(saved["backbone"], self._fingerprint)
+        require_adapter(saved["adapter"], _plain(self.adapter_config.to_dict()))
         self._check_adapter(checkpoint["state_dict"])
         if self.geometry is not None and saved["geometry"] is not None:
             self.geometry.load_state_dict(saved["geometry"])
+        self._resumed = {"random": saved["random"], "window": saved["window"]}
+
+    def on_train_start(self) -> None:
+        """On resume, put random numbers and an unfinished accumulation window back; nothing draws from here to the batch."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is None or self.trainer.ckpt_path is None:
+            return
+        self._restore_window(resumed["window"])
+        states = resumed["random"]
+        if len(states) == self.trainer.world_size:
+            restore_random_state(states[self.global_rank], self.device)
+
+    def _window_state(self) -> dict[str, Any] | None:
+        """The accumulation window under way, with the gradients gathered in it; None between two windows."""
+        if self._window_micro_batches == 0:
+            return None
+        gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
+        losses = [loss.cpu() for loss in self._window_losses]
+        return {"micro_batches": self._window_micro_batches, "losses": losses, "gradients": gradients}
+
+    def _restore_window(self, window: dict[str, Any] | None) -> None:
+        if window is None:
+            return
+        self._window_micro_batches = window["micro_batches"]
+        self._window_losses = [loss.to(self.device) for loss in window["losses"]]
+        for name, parameter in self.named_parameters():
+            if name in window["gradients"]:
+                parameter.grad = window["gradients"][name].to(parameter.device)
 
     def _check_adapter(self, state: Mapping[str, Tensor]) -> None:
         expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}

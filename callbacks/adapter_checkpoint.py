@@ -1,0 +1,241 @@
+"""Checkpoints that a run killed at any moment goes on from as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from grit_lightning.checkpoint_io import make_atomic, sync_folder
+from grit_lightning.loggers import JSONLinesLogger
+
+LOG_KEY = "grit_log"
+
+
+class AdapterCheckpoint(ModelCheckpoint):
+    """Saves every few optimizer steps, and after the last step of an epoch and of the run; `last.ckpt` links to the newest.
+
+    It saves at the end of a step, after every other callback; where a validation follows the step, after that. A file has
+    its final name only when all of it is on disk, `last.ckpt` moves in one rename, and an older file goes only after that:
+    a run killed at any moment leaves a checkpoint to resume from. `Trainer.save_checkpoint` is made atomic too.
+
+    What the run logs is part of the checkpoint: Lightning writes the metrics of a step after the checkpoint of that step,
+    and repeats values that are logged now and then (ranks, say) with every later step of the epoch. On resume,
+    `metrics.jsonl` is cut back to where it was, and gets exactly the lines that the uninterrupted run would have written.
+
+    Args:
+        dirpath: Folder of the checkpoints; None is `checkpoints/` in the run's folder.
+        every_n_steps: Optimizer steps between two checkpoints.
+        keep_last: How many of the newest to keep.
+
+    Raises:
+        ValueError: If a number is not at least 1.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50, keep_last: int = 1) -> None:
+        """Check and remember the settings."""
+        for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
+            if value < 1:
+                raise ValueError(f"AdapterCheckpoint.{name} must be an integer ≥ 1, got {value}.")
+        super().__init__(dirpath, save_top_k=0, every_n_train_steps=every_n_steps)
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self._seen_step = 0
+        self._saved_step = 0
+        self._kept: list[str] = []
+        self._waits_for_validation = False
+        self._step_metrics: dict[str, Any] = {}
+        self._resumed_log: dict[str, Any] | None = None
+
+    # When to save.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle the folder, and have every checkpoint of this Trainer written atomically."""
+        super().setup(trainer, pl_module, stage)
+        make_atomic(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not save the step again that the run resumes from."""
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if this micro-batch has closed a due optimizer step."""
+        step = trainer.global_step
+        if step == self._seen_step or _is_dev_run(trainer):
+            return
+        self._seen_step = step
+        last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
+        if not last and step % self.every_n_steps != 0:
+            return
+        if _validation_follows(trainer, batch_idx):
+            self._waits_for_validation = True
+            self._step_metrics = _current_metrics(trainer)
+        else:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the step that the validation has measured, if it is due."""
+        if self._waits_for_validation and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: the last step of the epoch has been saved."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last step of a run that was stopped between two due ones."""
+        if self._saved_step != trainer.global_step and not _is_dev_run(trainer):
+            self._save(trainer)
+
+    # Saving.
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Write, link, and only then remove what is too old. All processes take part."""
+        folder = Path(str(self.dirpath))
+        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}{self.FILE_EXTENSION}"
+        self._waits_for_validation = False
+        self._saved_step = trainer.global_step
+        self._kept = [*(kept for kept in self._kept if kept != name), name]
+        self.best_model_path, self.last_model_path = str(folder / name), str(folder / f"last{self.FILE_EXTENSION}")
+        trainer.save_checkpoint(folder / name)  # with the names of the older files, in case this process ends here
+        if trainer.is_global_zero:
+            point_to(Path(self.last_model_path), name)
+        trainer.strategy.barrier("AdapterCheckpoint")
+        too_old, self._kept = self._kept[: -self.keep_last], self._kept[-self.keep_last :]
+        for old in too_old:
+            trainer.strategy.remove_checkpoint(folder / old)
+        if trainer.is_global_zero:
+            for each in trainer.loggers:
+                each.after_save_checkpoint(proxy(self))
+
+    @property
+    def state_key(self) -> str:
+        """The same for any setting, so that a run may go on with another interval."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which files are there."""
+        return {"saved_step": self._saved_step, "kept": list(self._kept)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the files of the run that is resumed."""
+        self._saved_step, self._kept = state_dict["saved_step"], list(state_dict["kept"])
+
+    # What has been logged.
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add how far the log has come, and what Lightning will write next if it is not stopped."""
+        if _inside_epoch(trainer):
+            _count_epoch_as_begun(checkpoint)
+        checkpoint[LOG_KEY] = {
+            "marks": {logger.path.name: logger.mark() for logger in _json_loggers(trainer)},
+            "metrics": self._step_metrics if trainer.validating else _current_metrics(trainer),
+            "unwritten": _log_line_follows(trainer),
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep it for the start of the fit."""
+        self._resumed_log = checkpoint.get(LOG_KEY)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On resume, bring the log to where it was just after the step of the checkpoint."""
+        log = self._resumed_log = None if trainer.ckpt_path is None else self._resumed_log
+        if log is None:
+            return
+        for file in _json_loggers(trainer):
+            if file.path.name in log["marks"]:
+                file.rewind(log["marks"][file.path.name])
+        if log["unwritten"] and log["metrics"]:
+            for logger in trainer.loggers:
+                logger.log_metrics({**log["metrics"], "epoch": log["epoch"]}, step=log["step"] - 1)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """On resume, give Lightning the values back that it repeats until the end of the epoch."""
+        log, self._resumed_log = self._resumed_log, None
+        if log is not None and log["metrics"] and batch_idx > 0 and trainer.current_epoch == log["epoch"]:
+            pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to the file `name` beside it, in one rename; a copy where links are not allowed."""
+    unfinished = link.with_name(f".{link.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.symlink(name, unfinished)
+    except OSError:  # Windows allows it to few users only
+        shutil.copy(link.with_name(name), unfinished)
+    os.replace(unfinished, link)
+    sync_folder(link.parent)
+
+
+def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates between this micro-batch and the next one, by its own rule."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every != 0):
+        return False
+    interval = trainer.val_check_batch
+    if interval is None:  # by the clock: nobody can tell
+        return False
+    if interval == float("inf"):
+        return trainer.is_last_batch
+    position = trainer.fit_loop.total_batch_idx if every is None else batch_idx
+    return bool((position + 1) % interval == 0)
+
+
+def _log_line_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning is in a micro-batch that closes a step whose metrics it writes afterwards."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    if not trainer.training or not _inside_epoch(trainer):
+        return False
+    closes = progress.current.ready % trainer.accumulate_grad_batches == 0 or progress.is_last_batch
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+    return bool(closes and trainer.loggers and every and (trainer.global_step % every == 0 or trainer.should_stop))
+
+
+def _inside_epoch(trainer: pl.Trainer) -> bool:
+    """Whether this is the end of a micro-batch, or the validation after it."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return trainer.validating or progress.processed != progress.completed
+
+
+def _count_epoch_as_begun(checkpoint: dict[str, Any]) -> None:
+    """Correct Lightning's count of epochs: resumed after the last step of one, it does not count the next one as begun.
+
+    A checkpoint of that next epoch would then pass for one between two epochs, and the epoch would be run once more.
+    """
+    for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        count["ready"] = count["started"] = count["processed"] + 1
+
+
+def _current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
+    logged = trainer.logged_metrics  # these, on top of all that was ever logged: only with that gone one can tell
+    ever = dict(logged)
+    logged.clear()
+    now = dict(trainer.logged_metrics)
+    logged.update(ever | now)
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in now.items()}
+
+
+def _json_loggers(trainer: pl.Trainer) -> list[JSONLinesLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, JSONLinesLogger)]
+
+
+def _is_dev_run(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__

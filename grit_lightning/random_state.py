@@ -1,0 +1,53 @@
+"""The random number generators of a process, as plain values that a checkpoint may hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def random_states(device: torch.device) -> list[dict[str, Any]]:
+    """Return `random_state` of every process, by rank; a collective."""
+    here = random_state(device)
+    if not (dist.is_available() and dist.is_initialized()):
+        return [here]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, here)
+    return states
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of the generators of torch, NumPy and Python, and of the GPU that `device` names.
+
+    Lists, numbers and tensors only, so that `torch.load(weights_only=True)` reads it.
+    """
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # a tuple, by that argument
+    version, words, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, list(words), next_gauss],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put all generators where `random_state` found them; a GPU's only if it was on a GPU."""
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    version, words, next_gauss = state["python"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate((version, tuple(words), next_gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
