@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ActionYesNo, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
+from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.config_record import ConfigRecord
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.run_record import RunRecord
+from grit_lightning.checkpoint_io import make_atomic
 from grit_lightning.checkpoints import model_settings
 from grit_lightning.configs import find_config
 from grit_lightning.export import export_command
@@ -185,11 +187,13 @@ class GritCLI(LightningCLI):
         own.append(self.config_record)
         if not given.barebones:
             kwargs["logger"] = self._loggers(given.logger)
-            checkpoints = ModelCheckpoint(self.folder / CHECKPOINTS, save_last="link")
+            checkpoints = AdapterCheckpoint(self.folder / CHECKPOINTS)
             wanted = given.enable_checkpointing is not False and not given.fast_dev_run
             add(checkpoints, unless=Checkpoint, wanted=wanted)
             add(GeometryProgressBar(), unless=ProgressBar, wanted=given.enable_progress_bar is not False)
-        return super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+        trainer = super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+        make_atomic(trainer)
+        return trainer
 
     def _loggers(self, given: Any) -> list[Logger]:
         """TensorBoard unless other loggers are configured, and always metrics.jsonl; none for `logger: false`."""
