@@ -40,7 +40,7 @@ class Preconditioner:
             if with_bases:
                 bases.append(F.eigenbasis(cov)[1].to(group.device))
             result = F.damped_inverse(cov, self._damping(group, cov, step))
-            climbed = (result.attempts - 1).masked_fill(result.failed & (cov == 0).flatten(1).all(-1), 0)
+            climbed = (result.attempts - 1).clamp(min=0).masked_fill(result.failed & (cov == 0).flatten(1).all(-1), 0)
             group.escalations += climbed.to(group.device)
             inverses.append(result.inverse.to(group.device))
         group.a_inverse, group.g_inverse = inverses

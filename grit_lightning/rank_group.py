@@ -60,7 +60,7 @@ class RankGroup:
         total: The running estimate, equal on all processes.
         tokens: `[L]` int64, tokens behind `total`, never faded.
         rejected: `[L]` int64, micro-batches left out because they were not finite.
-        fallbacks: `[L]` int64, steps at which a non-finite preconditioned gradient was replaced by the raw one.
+        fallbacks: `[L]` int64, gradients of A or B whose preconditioned version was not finite, so that the raw one was used.
         escalations: `[L]` int64, rungs of the damping ladder climbed at refreshes.
         ranks: `[L]` int64 on the CPU, effective rank k: the first k coordinates carry the adapter.
         a_inverse: `[L, r, r]`, (Σ_a + λI)⁻¹ as of the last refresh.

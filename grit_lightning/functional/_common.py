@@ -10,9 +10,15 @@ def working(x: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Frobenius norm of every layer: ``[L, ...]`` to ``[L]``, float32 or better."""
-    length: Tensor = torch.linalg.vector_norm(working(x).flatten(1), dim=1)
-    return length
+    """Frobenius norm of every layer: ``[L, ...]`` to ``[L]``, float32 or better.
+
+    In units of the largest entry, whose square alone would leave float32 beyond 1e19 and vanish below 1e-23.
+    """
+    flat = working(x).flatten(1)
+    peak = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1, keepdim=True)
+    unit = torch.where(peak.isfinite() & (peak > 0), peak, 1.0)
+    length: Tensor = unit * torch.linalg.vector_norm(flat / unit, dim=1, keepdim=True)
+    return length.squeeze(1)
 
 
 def per_layer(x: Tensor, like: Tensor) -> Tensor:

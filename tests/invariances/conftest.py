@@ -39,7 +39,11 @@ def _documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _truth(model: nn.Module, batches: list[Batch], seed: int = 0) -> Covariances:
     model = copy.deepcopy(model).double()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A
+    }
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     deltas: dict[str, list[Tensor]] = {name: [] for name in layers}
     for name, layer in layers.items():
@@ -57,7 +61,7 @@ def _truth(model: nn.Module, batches: list[Batch], seed: int = 0) -> Covariances
     torch.manual_seed(seed)
     for batch in batches:
         for ids, labels in _documents(batch):
-            logits = model(input_ids=ids[None]).logits[0, :-1]
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
             nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100).backward()
     covariances = {}
     for name, layer in layers.items():
@@ -154,7 +158,10 @@ def fit(tmp_path: Path) -> Callable[..., pl.Trainer]:
 
 @pytest.fixture
 def measure() -> Callable[..., RankSpaceGeometry]:
-    """`measure(model, batches)`: a geometry that has seen one accumulation window, driven without Lightning."""
+    """`measure(model, batches)`: a geometry that has seen one accumulation window, driven without Lightning.
+
+    `weight` multiplies the loss, `seed` draws dropout's masks, `forward` stands in for calling the model.
+    """
 
     def run(
         model: nn.Module,
@@ -163,13 +170,15 @@ def measure() -> Callable[..., RankSpaceGeometry]:
         config: GeometryConfig | None = None,
         weight: float = 1.0,
         seed: int = 0,
+        forward: Callable[..., Any] | None = None,
     ) -> RankSpaceGeometry:
         geometry = RankSpaceGeometry(model, config or GeometryConfig())
         torch.manual_seed(seed)
         for batch in batches:
             tokens = (batch["labels"][:, 1:] != -100).sum()
             geometry.start_micro_batch(batch["attention_mask"], tokens * float(len(batches)))
-            (weight * model(**batch).loss / len(batches)).backward()
+            loss = (model if forward is None else forward)(**batch, use_cache=False).loss
+            (weight * loss / len(batches)).backward()
             geometry.finish_micro_batch()
         geometry.step()
         return geometry

@@ -1,0 +1,210 @@
+"""Non-finite and degenerate input: nothing broken enters an estimate or a gradient, and every such event is counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.amp import GradScaler
+
+from grit_lightning import GeometryConfig, RankSpaceGeometry
+from grit_lightning import functional as F
+from grit_lightning.callbacks import SpectraLogger
+
+EVERY_STEP = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, grafting=False, damping_mode="absolute")
+
+
+def observe(geometry: RankSpaceGeometry, model: Any, batch: dict[str, Tensor]) -> None:
+    """One micro-batch, without closing the window."""
+    geometry.start_micro_batch(batch["attention_mask"], (batch["labels"][:, 1:] != -100).sum())
+    model(**batch).loss.backward()
+    geometry.finish_micro_batch()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["activation", "gradient"])
+def test_a_broken_micro_batch_is_left_out_of_the_layer_that_it_breaks(
+    poison: float, where: str, make_module: Any, random_batch: Any, truth: Any
+) -> None:
+    model = make_module(geometry=None).peft_model
+    good, bad = random_batch(batch=2, length=12, pad=[0, 3]), random_batch(batch=2, length=12, seed=1)
+    expected, of_both = truth(model, [good]), truth(model, [good, bad])
+    geometry = RankSpaceGeometry(model, GeometryConfig())
+    first = geometry.groups[0].sites[0]  # a query projection of the lowest layer: no other layer is below it
+
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[1, 7, 2] = poison
+        return tensor
+
+    def spoil_gradient(module: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(spoil)
+
+    def spoil_activation(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + (spoil(torch.zeros_like(output)) if where == "activation" else 0.0)
+
+    change = spoil_gradient if where == "gradient" else spoil_activation
+    handle = first.down.register_forward_hook(change, prepend=True)  # before the geometry's own hook
+    observe(geometry, model, bad)
+    handle.remove()
+    observe(geometry, model, good)
+    geometry.step()
+    touched = [name for name, view in geometry.layers.items() if view.counters["rejected"]]
+    assert first.name in touched
+    assert touched == [first.name] if where == "gradient" else len(touched) == len(geometry.layers)
+    assert geometry.counters["rejected"] == len(touched)
+    for name, view in geometry.layers.items():
+        a_cov, g_cov = expected[name] if name in touched else of_both[name]
+        torch.testing.assert_close(view.a_cov.double(), a_cov, rtol=1e-3, atol=1e-5 * float(a_cov.abs().max()))
+        torch.testing.assert_close(view.g_cov.double(), g_cov, rtol=1e-3, atol=1e-4 * float(g_cov.abs().max()))
+        assert view.n_samples == (21 if name in touched else 45)
+
+
+def test_a_factor_that_is_not_positive_definite_climbs_the_ladder(
+    make_module: Any, random_batch: Any, measure: Any
+) -> None:
+    model = make_module(geometry=None).peft_model
+    geometry = measure(model, [random_batch()], config=EVERY_STEP)
+    (group,) = geometry.groups
+    assert geometry.counters["escalations"] == 0
+    group.total.weight[1] = 1.0
+    group.total.a[1] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # needs λ > 0.05: 1e-3, 1e-2, 1e-1
+    others = group.a_inverse[[0, 2, 3]].clone()
+    geometry.refresh()
+    torch.testing.assert_close(group.a_inverse[1], torch.diag(1 / torch.tensor([1.1, 1.1, 1.1, 0.05])))
+    assert torch.equal(group.a_inverse[[0, 2, 3]], others)
+    assert [view.counters["escalations"] for view in geometry] == [0, 2, 0, 0]
+
+
+@pytest.mark.parametrize("grafting", [False, True])
+def test_a_gradient_that_overflows_falls_back_to_the_raw_one_in_its_layer_only(
+    grafting: bool, make_module: Any, random_batch: Any
+) -> None:
+    model = make_module(geometry=None).peft_model
+    batch = random_batch()
+    model(**batch).loss.backward()
+    raw = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    geometry = RankSpaceGeometry(model, replace(EVERY_STEP, grafting=grafting))
+    refresh = geometry.refresh
+
+    def refresh_badly() -> None:
+        refresh()
+        geometry.groups[0].a_inverse[2] = torch.inf  # for the B of layer 2
+
+    geometry.refresh = refresh_badly
+    observe(geometry, model, batch)
+    geometry.step()
+    assert [view.counters["fallbacks"] for view in geometry] == [0, 0, 1, 0]
+    for index, site in enumerate(geometry.groups[0].sites):
+        for factor, module in (("A", site.down), ("B", site.up)):
+            before = raw[f"{site.name}.lora_{factor}.default.weight"]
+            assert bool(module.weight.grad.isfinite().all())
+            assert torch.equal(module.weight.grad, before) == ((index, factor) == (2, "B")), (index, factor)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_grafting_gives_the_raw_length_where_squares_leave_float32(size: float) -> None:
+    raw, direction = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    expected = direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1) * raw.flatten(1).norm(dim=1).view(-1, 1, 1)
+    torch.testing.assert_close(F.graft(direction * size, raw), expected)
+    torch.testing.assert_close(F.graft(direction, raw * size) / size, expected)
+    torch.testing.assert_close(F.trust_clip(direction * size, raw * size * 0.1, 1.0) / size / 0.1, expected)
+    assert not F.graft(direction.index_fill(0, torch.tensor([0]), torch.inf), raw)[0].isfinite().any()
+
+
+def test_an_estimate_that_has_overflowed_leaves_gradients_raw(
+    make_module: Any, random_batch: Any, measure: Any
+) -> None:
+    model = make_module(geometry=None).peft_model
+    geometry = measure(model, [random_batch()], config=EVERY_STEP)
+    (group,) = geometry.groups
+    group.total.a[1, 0, 0] = torch.inf
+    geometry.refresh()
+    assert torch.equal(group.a_inverse[1], torch.eye(4))
+    assert geometry.counters["escalations"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to .self.log")
+def test_events_are_logged_in_total_and_by_layer(make_module: Any, random_batch: Any, fit: Any) -> None:
+    logged: dict[str, float] = {}
+
+    class Keep(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            logged.update(metrics)
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (group,) = pl_module.geometry.groups
+            group.rejected[0], group.fallbacks[1], group.escalations[2] = 3, 4, 5
+
+    module = make_module(geometry=GeometryConfig(kfac_update_freq=50))
+    fit(
+        module,
+        [random_batch()],
+        logger=Keep(""),
+        callbacks=[Count(), SpectraLogger(every_n_steps=1)],
+        log_every_n_steps=1,
+    )
+    layers = [name.removeprefix("base_model.model.") for name in module.geometry.layers]
+    events = {"rejected": 3, "fallbacks": 4, "escalations": 5}
+    for index, (event, count) in enumerate(events.items()):
+        assert logged[f"grit/{event}"] == count
+        assert logged[f"grit/{event}/{layers[index]}"] == count
+
+
+class WatchesOverflow(Callback):
+    """Compares weights and geometry before and after every step that the scaler skips, bit for bit."""
+
+    def __init__(self) -> None:
+        self.skipped = self.taken = 0
+        self.before: tuple[float, dict[str, Tensor], dict[str, Any]] | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.before = (trainer.precision_plugin.scaler.get_scale(), *state_of(pl_module))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        assert self.before is not None
+        scale, *before = self.before
+        same = all(
+            torch.equal(old[key], new[key]) for old, new in zip(before, state_of(pl_module), strict=True) for key in old
+        )
+        if trainer.precision_plugin.scaler.get_scale() < scale:
+            self.skipped += 1
+            assert same
+        else:
+            self.taken += 1
+            assert not same
+
+
+def state_of(module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    (group,) = module.geometry.groups
+    state = group.state_dict()
+    geometry = {name: value for name, value in state.items() if isinstance(value, Tensor) and name != "rejected"}
+    for part in ("window", "local", "total"):
+        geometry |= {f"{part}.{index}": tensor for index, tensor in enumerate(state[part])}
+    geometry["steps"] = torch.tensor(module.geometry.state_dict()["steps"])
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, geometry
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_grad_scaler_overflow_leaves_geometry_and_weights_untouched(
+    accumulate: int, make_module: Any, random_batch: Any, fit: Any
+) -> None:
+    module = make_module(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    watch = WatchesOverflow()
+    precision = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**22, growth_interval=1000))
+    batches = [random_batch(batch=2, length=12, seed=seed) for seed in range(12)]
+    fit(module, batches, plugins=[precision], callbacks=[watch], accumulate_grad_batches=accumulate)
+    assert watch.skipped >= 2
+    assert watch.taken >= 2
+    assert module.geometry.counters["rejected"] >= watch.skipped  # counted, although nothing came of it
