@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grit_lightning.adapter_card import RunNotes, card
+from grit_lightning.adapter_state import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from grit_lightning.backbone_sources import BackboneSource, resolve_source
 from grit_lightning.backbones import attach_adapter, load_backbone, load_tokenizer
 from grit_lightning.checkpoints import read_checkpoint
 from grit_lightning.compaction import CompactAdapter, compact
-from grit_lightning.module import CHECKPOINT_FORMAT, CHECKPOINT_KEY, GritLitModule
+from grit_lightning.module import GritLitModule
 
 _MODEL_PREFIX = "model."  # GritLitModule.model
 _LOADING = ("dtype", "quantization", "revision")  # a kernel or checkpointing of activations does not matter here

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, get_peft_config
@@ -18,22 +16,20 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from grit_lightning.adapter_state import AdapterState, plain
 from grit_lightning.backbones import attach_adapter, load_backbone
 from grit_lightning.config import GeometryConfig
 from grit_lightning.evaluation import choice_scores, position_ids
-from grit_lightning.fingerprint import backbone_fingerprint, require_adapter, require_backbone
+from grit_lightning.fingerprint import backbone_fingerprint
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.optimizers import GeometryAdam
-from grit_lightning.random_state import random_states, restore_random_state
 
 IGNORED_LABEL = -100
-CHECKPOINT_KEY = "grit"
-CHECKPOINT_FORMAT = 2
 
 Batch = dict[str, Tensor]
 
 
-class GritLitModule(LightningModule):
+class GritLitModule(AdapterState):
     """Fine-tunes a causal language model through a PEFT adapter whose gradients are preconditioned in rank space.
 
     A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
@@ -110,7 +106,7 @@ class GritLitModule(LightningModule):
         source = options.pop("source")
         return {
             "backbone": source.config._name_or_path if isinstance(source, PreTrainedModel) else str(source),
-            "adapter": _plain(self.adapter_config.to_dict()),
+            "adapter": plain(self.adapter_config.to_dict()),
             "geometry": None if self.geometry_config is None else self.geometry_config.to_dict(),
         } | options
 
@@ -202,7 +198,7 @@ class GritLitModule(LightningModule):
             transformers' output with `logits` `[B, T', V]`, T' ≤ T the last positions of the batch, and `loss`.
         """
         self._check_context(batch["input_ids"].shape[1])
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if self._accepts("position_ids"):
             inputs["position_ids"] = position_ids(batch["attention_mask"])
         if "position_ids" in batch:
@@ -258,9 +254,7 @@ class GritLitModule(LightningModule):
                 "instead of float16, or look for rows without label tokens in the data."
             )
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if (
-            micro_batches < self.trainer.accumulate_grad_batches
-        ):  # the last window of an epoch; Lightning divided by all
+        if micro_batches < self.trainer.accumulate_grad_batches:  # an epoch's last window; Lightning divided by all
             torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches / micro_batches)
         if self.geometry is None:
             return
@@ -320,92 +314,6 @@ class GritLitModule(LightningModule):
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
-    # Checkpoints.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
-        """The trained parameters only: the frozen backbone is never written."""
-        trained = self._trained_names()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trained parameters; the backbone keeps its own.
-
-        Raises:
-            ValueError: If the parameters are not exactly those of this adapter.
-        """
-        self._check_adapter(state_dict)
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the next step depends on beside Lightning's own, and what tells to whom all of it belongs."""
-        checkpoint[CHECKPOINT_KEY] = {
-            "format_version": CHECKPOINT_FORMAT,
-            "backbone": self._fingerprint,
-            "adapter": _plain(self.adapter_config.to_dict()),
-            "geometry": None if self.geometry is None else self.geometry.state_dict(),
-            "ranks": None if self.geometry is None else self.geometry.ranks,
-            "random": random_states(self.device),
-            "window": self._window_state(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this model, and only then restore the geometry.
-
-        Raises:
-            ValueError: If the checkpoint is not one of this class, of another format version, backbone or adapter.
-        """
-        saved = checkpoint.get(CHECKPOINT_KEY)
-        if saved is None or saved["format_version"] != CHECKPOINT_FORMAT:
-            found = "no such entry" if saved is None else f"version {saved['format_version']}"
-            raise ValueError(f"Expected a GRIT checkpoint of format version {CHECKPOINT_FORMAT}, found {found}.")
-        require_backbone(saved["backbone"], self._fingerprint)
-        require_adapter(saved["adapter"], _plain(self.adapter_config.to_dict()))
-        self._check_adapter(checkpoint["state_dict"])
-        if self.geometry is not None and saved["geometry"] is not None:
-            self.geometry.load_state_dict(saved["geometry"])
-        self._resumed = {"random": saved["random"], "window": saved["window"]}
-
-    def on_train_start(self) -> None:
-        """On resume, put random numbers and an unfinished accumulation window back; nothing draws from here to the batch."""
-        resumed, self._resumed = self._resumed, None
-        if resumed is None or self.trainer.ckpt_path is None:
-            return
-        self._restore_window(resumed["window"])
-        states = resumed["random"]
-        if len(states) == self.trainer.world_size:
-            restore_random_state(states[self.global_rank], self.device)
-
-    def _window_state(self) -> dict[str, Any] | None:
-        """The accumulation window under way, with the gradients gathered in it; None between two windows."""
-        if self._window_micro_batches == 0:
-            return None
-        gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
-        losses = [loss.cpu() for loss in self._window_losses]
-        return {"micro_batches": self._window_micro_batches, "losses": losses, "gradients": gradients}
-
-    def _restore_window(self, window: dict[str, Any] | None) -> None:
-        if window is None:
-            return
-        self._window_micro_batches = window["micro_batches"]
-        self._window_losses = [loss.to(self.device) for loss in window["losses"]]
-        for name, parameter in self.named_parameters():
-            if name in window["gradients"]:
-                parameter.grad = window["gradients"][name].to(parameter.device)
-
-    def _check_adapter(self, state: Mapping[str, Tensor]) -> None:
-        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in state.items()}
-        if expected != found:
-            different = sorted(set(expected.items()) ^ set(found.items()))
-            raise ValueError(
-                f"The checkpoint's adapter does not fit this model: {len(different)} parameters differ, first {different[:2]}. "
-                "Use the backbone and adapter configuration that the checkpoint was trained with."
-            )
-
-    def _trained_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
 
 def packed_positions(batch: Batch) -> Tensor:
     """The batch's own `position_ids` `[B, T]`, with T − 1 on padding, so that no real token goes on from there."""
@@ -434,18 +342,3 @@ def _unwrapped(optimizer: Any) -> Any:
 def label_token_count(labels: Tensor) -> Tensor:
     """Number of tokens `[B, T]` that the causal loss is averaged over: labels that have a token before them."""
     return (labels[:, 1:] != IGNORED_LABEL).sum()
-
-
-def _plain(value: Any) -> Any:
-    """Turn sets, tuples, enums and dataclasses into what YAML and weights_only checkpoints can hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if hasattr(value, "value"):
-        return value.value
-    return value
