@@ -221,16 +221,20 @@ class TaskDataModule(LightningDataModule, ABC):
 
         A run that is resumed in the middle of an epoch goes on with its next batch.
         """
+        loader = self._train_loader = self._make_train_loader()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and self.trainer is not None and self.trainer.ckpt_path is not None:
+            loader.load_state_dict(resumed)
+        return loader
+
+    def _make_train_loader(self) -> ResumableLoader:
         rows = self._encoded["train"]
         replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         # One process is the case of one replica. Lightning leaves any kind of DistributedSampler in place.
         sampler = ResumableSampler(rows, **{"num_replicas": 1, "rank": 0, **replicas}, shuffle=True, seed=self.seed)
-        loader = self._loader(rows, self.batch_size, self._collator(evaluating=False), sampler)
-        if isinstance(loader, ResumableLoader):
-            if self._resumed is not None and self.trainer is not None and self.trainer.ckpt_path is not None:
-                loader.load_state_dict(self._resumed)
-            self._train_loader, self._resumed = loader, None
-        return loader
+        return ResumableLoader(
+            rows, self.batch_size, sampler=sampler, **self._loading(self._collator(evaluating=False))
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the training data are.
@@ -241,38 +245,39 @@ class TaskDataModule(LightningDataModule, ABC):
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, when the training data are asked for."""
+        """Restore what `state_dict` returned, when the training data are asked for.
+
+        Raises:
+            ValueError: If it was taken in the middle of an epoch whose rows would now come in another order.
+        """
         self._resumed = state_dict.get("train")
+        if self._resumed is not None and "train" in self._encoded:
+            self._make_train_loader().load_state_dict(self._resumed)  # refuses it now, before the run is touched
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, in the order of the source."""
-        return self._loader(self._encoded["validation"], self.eval_batch_size, self._collator(evaluating=True))
+        return self._evaluation_loader(self._encoded["validation"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches, in the order of the source."""
-        return self._loader(self._encoded["test"], self.eval_batch_size, self._collator(evaluating=True))
+        return self._evaluation_loader(self._encoded["test"])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test batches."""
         return self.test_dataloader()
 
-    def _loader(
-        self,
-        rows: datasets.Dataset,
-        batch_size: int,
-        collator: Collator,
-        sampler: ResumableSampler | None = None,
-    ) -> DataLoader[Any]:
-        return (DataLoader if sampler is None else ResumableLoader)(
-            rows,
-            batch_size,
-            sampler=sampler,
-            collate_fn=collator,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global random stream to the model
-        )
+    def _evaluation_loader(self, rows: datasets.Dataset) -> DataLoader[Any]:
+        return DataLoader(rows, self.eval_batch_size, **self._loading(self._collator(evaluating=True)))
+
+    def _loading(self, collator: Collator) -> dict[str, Any]:
+        """What all loaders have in common."""
+        return {
+            "collate_fn": collator,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator().manual_seed(self.seed),  # leaves the global random stream to the model
+        }
 
     def _collator(self, *, evaluating: bool) -> Collator:
         choice_ids = self.encoder.choice_ids(self.choices) if evaluating and self.choices else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from grit_lightning import GeometryConfig, GritLitModule
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, RunRecord, SpectraLogger
+from grit_lightning.checkpoint_io import AtomicCheckpointIO
 from grit_lightning.datamodules import BoolQDataModule
+from grit_lightning.datamodules.resumable import ResumableLoader, ResumableSampler
+from grit_lightning.fingerprint import backbone_fingerprint, require_backbone
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.optimizers import EigenbasisAdam
+from grit_lightning.random_state import random_state, restore_random_state
 
 STEPS = 12  # three epochs of 9 micro-batches would be 15: the last window of an epoch is a single micro-batch
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "eigenbasis": EigenbasisAdam}
@@ -30,7 +37,7 @@ pytestmark = [
 ]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Ends a run where a signal might have."""
 
 
@@ -49,7 +56,7 @@ class StopAfterCheckpoint(Checkpoint):
     def _stop(self, trainer: pl.Trainer) -> None:
         own = next(callback for callback in trainer.callbacks if isinstance(callback, AdapterCheckpoint))
         if trainer.global_step == own._saved_step == self.step:
-            raise Stop
+            raise StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,7 @@ def run(
         ).fit(lightning_module, datamodule=datamodule, ckpt_path=resume)
         return folder
 
+    train.folder = tmp_path  # type: ignore[attr-defined]
     return train
 
 
@@ -140,6 +148,8 @@ def content(folder: Path) -> dict[str, Any]:
     """All of the last checkpoint but what must differ: the folder's own name, and seconds."""
     saved: dict[str, Any] = torch.load(last(folder), weights_only=True)
     del saved["grit_log"]["marks"]  # bytes; the seconds in the lines have no fixed length
+    for name in [name for name in saved["loops"]["fit_loop"] if "val_loop" in name]:
+        del saved["loops"]["fit_loop"][name]  # Lightning counts the batches of skipped validations
     del saved["callbacks"]["RunRecord"], saved["callbacks"]["AdapterCheckpoint"]["kept"]  # one file more after a kill
     return saved
 
@@ -181,17 +191,281 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert lines(one, name) == lines(other, name)
 
 
+def stop_and_resume(run: Callable[..., Path], name: str, *steps: int, **settings: Any) -> Path:
+    """Stops a run after each of the steps and lets it go on."""
+    checkpoint = None
+    for step in steps:
+        with pytest.raises(StoppedError):
+            run(name, StopAfterCheckpoint(step), resume=checkpoint, **settings)
+        checkpoint = run.folder / name / "checkpoints" / "last.ckpt"  # type: ignore[attr-defined]
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == step
+    return run(name, resume=checkpoint, **settings)
+
+
+# Bit for bit.
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(run: Callable[..., Path], optimizer: str) -> None:
     whole = run("whole", optimizer=optimizer)
-    ranks = content(whole)["grit"]["ranks"].values()
-    assert min(ranks) < 4  # what is compared has been through both events
+    assert min(content(whole)["grit"]["ranks"].values()) < 4  # what is compared has been through both events
+    assert {event["step"] for event in lines(whole, "ranks.jsonl")} == {6, 12}
     assert [event["step"] for event in lines(whole, "reprojections.jsonl")] == [4, 8, 12]
-    for step in range(1, STEPS):
-        name = f"stopped at {step}"
-        with pytest.raises(Stop):
-            run(name, StopAfterCheckpoint(step), optimizer=optimizer)
-        assert torch.load(last(whole.parent / name), weights_only=True)["global_step"] == step
-        folder = run(name, resume=last(whole.parent / name), optimizer=optimizer)
-        assert differing(content(whole), content(folder)) == [], name
-        assert_same_run(whole, folder)
+    for step in (1, 3, 4, 5, 6, 10):  # 5 and 10 end an epoch
+        assert_same_run(whole, stop_and_resume(run, f"stopped at {step}", step, optimizer=optimizer))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": -1, "max_epochs": 3},  # the length of the schedule then depends on the data
+        {"max_steps": -1, "max_epochs": 3, "limit_val_batches": 1.0, "workers": 1},
+        {"limit_val_batches": 1.0, "val_check_interval": 4},
+        {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"limit_train_batches": 7, "log_every_n_steps": 3},
+    ],
+    ids=["epochs", "epochs, validation, workers", "validation in an epoch", "validation across epochs", "limit"],
+)
+def test_a_run_stopped_twice_goes_on_bit_for_bit(run: Callable[..., Path], settings: dict[str, Any]) -> None:
+    whole = run("whole", **settings)
+    for steps in ((5, 7), (2, 4)):
+        assert_same_run(whole, stop_and_resume(run, f"stopped at {steps}", *steps, **settings))
+
+
+def test_a_checkpoint_inside_an_accumulation_window_holds_its_gradients(run: Callable[..., Path]) -> None:
+    class SaveInsideWindow(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.fit_loop.total_batch_idx == 2:  # the first of the second window's two micro-batches
+                trainer.save_checkpoint(run.folder / "inside.ckpt")
+                raise StoppedError
+
+    whole = run("whole")
+    with pytest.raises(StoppedError):
+        run("stopped", SaveInsideWindow())
+    assert_same_run(whole, run("stopped", resume=run.folder / "inside.ckpt"))
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    def draw() -> tuple[Any, ...]:
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            np.random.randn(),
+            random.random(),
+            random.gauss(0, 1),
+        )
+
+    draw()
+    state = random_state(torch.device("cpu"))
+    expected = draw()
+    draw()
+    restore_random_state(state, torch.device("cpu"))
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_with_the_next_batch(workers: int) -> None:
+    def loader() -> ResumableLoader:
+        rows = TensorDataset(torch.arange(23))
+        sampler = ResumableSampler(rows, num_replicas=1, rank=0, shuffle=True, seed=5)
+        return ResumableLoader(rows, 4, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+
+    def batches(source: ResumableLoader, epoch: int) -> list[list[int]]:
+        iterator = iter(source)  # before the epoch is told, as Lightning does it
+        source.sampler.set_epoch(epoch)
+        return [batch[0].tolist() for batch in iterator]
+
+    whole = loader()
+    expected = [batches(whole, epoch) for epoch in range(2)]
+    assert expected[0] != expected[1]
+    begun = loader()
+    begun.sampler.set_epoch(1)
+    iterator = iter(begun)
+    for _ in range(2):
+        next(iterator)
+    resumed = loader()
+    resumed.load_state_dict(begun.state_dict())
+    assert resumed.state_dict() == begun.state_dict()
+    assert len(resumed) == len(begun) == 6
+    assert batches(resumed, 1) == expected[1][2:]
+    finished = loader()
+    finished.load_state_dict(whole.state_dict())  # of a finished epoch: the next one begins at its start
+    assert len(batches(finished, 2)) == 6
+
+
+# What is in a checkpoint, and how it is written.
+
+
+def test_checkpoints_hold_no_backbone_and_name_their_version(run: Callable[..., Path], make_tiny_llama: Any) -> None:
+    folder = run("a", every_n_steps=100, max_steps=2)
+    saved = torch.load(last(folder), weights_only=True)
+    assert saved["grit"]["format_version"] == 2
+    held = {value.data_ptr(): value.nbytes for _, value in flat(saved) if isinstance(value, Tensor)}
+    frozen = {tuple(value.shape) for value in make_tiny_llama().state_dict().values()}
+    assert all("lora_" in name and tuple(value.shape) not in frozen for name, value in saved["state_dict"].items())
+    assert sum(held.values()) < 200_000  # the backbone has 124,000 bytes in its smallest half alone
+    assert [path.name for path in (folder / "checkpoints").iterdir() if not path.is_symlink()] == [
+        "epoch=0-step=2.ckpt"
+    ]
+
+
+def test_the_newest_are_kept_and_an_older_one_goes_only_when_last_points_elsewhere(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+    remove = AtomicCheckpointIO.remove_checkpoint
+
+    def watched(self: AtomicCheckpointIO, path: Any) -> None:
+        newest = (Path(path).parent / "last.ckpt").resolve()
+        assert newest.is_file()
+        assert newest != Path(path).resolve()
+        removed.append(Path(path).name)
+        remove(self, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "remove_checkpoint", watched)
+    folder = run("a", every_n_steps=2, max_steps=6)
+    assert removed == ["epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt", "epoch=0-step=5.ckpt"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "epoch=1-step=6.ckpt"}
+
+
+def cut_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Half of the bytes of the n-th checkpoint reach the disk, then the process dies."""
+    write, calls = torch.save, iter(range(1, 100))
+
+    def save(content: Any, file: Any) -> None:
+        write(content, file)
+        if next(calls) == number:
+            file.truncate(file.tell() // 2)
+            raise StoppedError
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+def cut_rename(monkeypatch: pytest.MonkeyPatch, number: int, name: str) -> None:
+    """The process dies before the n-th rename to a name with this beginning."""
+    replace, calls = os.replace, iter(range(1, 100))
+
+    def rename(source: Any, target: Any) -> None:
+        if Path(target).name.startswith(name) and next(calls) == number:
+            raise StoppedError
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+
+
+@pytest.mark.parametrize(
+    ("cut", "usable"),
+    [
+        (lambda patch: cut_write(patch, 3), 2),
+        (lambda patch: cut_rename(patch, 3, "epoch"), 2),
+        (lambda patch: cut_rename(patch, 3, "last"), 2),
+    ],
+    ids=["in the file", "before its name", "before last.ckpt"],
+)
+@pytest.mark.parametrize("tidy", [True, False], ids=["exception", "killed"])
+def test_a_write_cut_off_leaves_the_checkpoint_before_it(
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    cut: Callable[[pytest.MonkeyPatch], None],
+    usable: int,
+    tidy: bool,
+) -> None:
+    with monkeypatch.context() as patch:
+        cut(patch)
+        if not tidy:  # a killed process cleans nothing up
+            patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        with pytest.raises(StoppedError):
+            run("a", max_steps=6)
+    checkpoints = run.folder / "a" / "checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == usable
+    for path in checkpoints.glob("[!.]*.ckpt"):  # whatever has its final name is whole
+        torch.load(path, weights_only=True)
+    resumed = run("a", resume=checkpoints / "last.ckpt", max_steps=6)
+    assert_same_run(run("whole", max_steps=6), resumed)
+    assert not list(checkpoints.glob(".*"))
+
+
+# Refusals.
+
+
+@pytest.fixture
+def stopped(run: Callable[..., Path]) -> Path:
+    """A run of which 3 of 12 steps are done, in the middle of an epoch."""
+    with pytest.raises(StoppedError):
+        run("a", StopAfterCheckpoint(3))
+    (run.folder / "a" / "summary.json").write_text("{}")
+    return run.folder / "a"
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "settings", "message"),
+    [
+        (truncate, {}, "cannot be read as a checkpoint, it is damaged or cut off"),
+        (lambda path: path.write_bytes(b""), {}, "cannot be read as a checkpoint, it is damaged or cut off"),
+        (lambda path: torch.save([1], path), {}, "is no checkpoint: it holds a list"),
+        (lambda path: rewrite(path, lambda saved: saved.pop("grit")), {}, "found no such entry"),
+        (
+            lambda path: rewrite(path, lambda saved: saved["grit"].update(format_version=1)),
+            {},
+            "Expected a GRIT checkpoint of format version 2, found version 1",
+        ),
+        (None, {"backbone": {"num_hidden_layers": 3}}, "another backbone: num_hidden_layers 2 → 3"),
+        (None, {"backbone": {"initializer_range": 0.03}}, "of this shape with other weights: 1. of 16 .* differ"),
+        (None, {"adapter": {"lora_alpha": 16}}, "another adapter configuration: lora_alpha 8 → 16"),
+        (None, {"adapter": {"r": 8}}, "another adapter configuration: r 4 → 8"),
+        (None, {"adapter": {"target_modules": ["q_proj"]}}, "target_modules .'q_proj', 'v_proj'. → .'q_proj'."),
+        (None, {"data": {"batch_size": 3}}, "after 6 of 9 batches of epoch 0, .* batch_size 2 → 3"),
+    ],
+)
+def test_a_checkpoint_that_does_not_belong_here_is_refused_before_anything_changes(
+    run: Callable[..., Path],
+    stopped: Path,
+    lora_config: Callable[..., Any],
+    damage: Callable[[Path], Any] | None,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    checkpoint = run.folder / "other.ckpt"
+    shutil.copy(last(stopped), checkpoint)
+    if damage is not None:
+        damage(checkpoint)
+    if "adapter" in settings:
+        settings = {"module": {"adapter": lora_config(lora_dropout=0.2, **settings["adapter"])}}
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        run("a", resume=checkpoint, **settings)
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_checkpoint_is_named(run: Callable[..., Path]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
+        run("a", resume=Path("nowhere.ckpt"))
+
+
+def test_a_backbone_is_known_in_another_dtype_and_not_by_other_weights(make_tiny_llama: Callable[..., Any]) -> None:
+    original = backbone_fingerprint(make_tiny_llama())
+    require_backbone(original, backbone_fingerprint(make_tiny_llama().bfloat16()))
+    require_backbone(backbone_fingerprint(make_tiny_llama().bfloat16()), original)
+    tuned = make_tiny_llama()
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.1
+        tuned.lm_head.weight[0, 0] += 1e-6
+    with pytest.raises(ValueError, match="other weights"):
+        require_backbone(original, backbone_fingerprint(tuned))
+
+
+@pytest.mark.parametrize("setting", ["every_n_steps", "keep_last"])
+def test_bad_settings_are_named(setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"AdapterCheckpoint\.{setting} must be an integer ≥ 1, got 0"):
+        AdapterCheckpoint(**{setting: 0})
