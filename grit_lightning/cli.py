@@ -30,7 +30,7 @@ from grit_lightning.configs import find_config
 from grit_lightning.export import export_command
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
-from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_folder_of
+from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
 from grit_lightning.terminal import one_line_errors, silence_known_noise
 
 __all__ = ["GritCLI", "callbacks", "datamodules", "main"]
@@ -66,6 +66,7 @@ class GritCLI(LightningCLI):
         self.words = list(words)
         self.folder = Path()
         self.config_record: ConfigRecord | None = None
+        self.files_before: set[Path] = set()
         usage = {"usage": "%(prog)s [--config NAME] [--help] [options]"}  # in full it buries the error that follows it
         try:
             super().__init__(
@@ -85,8 +86,13 @@ class GritCLI(LightningCLI):
 
     def _leave_nothing_half_written(self) -> None:
         record = self.config_record
-        if record is not None and record.path is not None and not record.training_began and not self._continues:
+        if record is None or record.path is None or record.training_began:
+            return
+        if not self._continues:
             rank_zero_only(clear)(self.folder)
+        elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
+            for path in filter(Path.is_file, set(run_files(self.folder)) - self.files_before):
+                path.unlink(missing_ok=True)  # TensorBoard opens a file when it is closed
 
     # Parsing.
 
@@ -159,6 +165,7 @@ class GritCLI(LightningCLI):
             raise FileNotFoundError(f"--ckpt_path {checkpoint} does not exist.")
         self._name_once()
         self.folder = self._choose_folder()
+        self.files_before = set(run_files(self.folder))
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
             require_free(self.folder)
         self.record = self._parser(self.subcommand).dump(self._settings, "yaml", False)  # nulls too
