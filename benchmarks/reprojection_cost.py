@@ -145,7 +145,9 @@ def main() -> None:
     answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     run.train(batches[args.steps :])
     later = run.loss(held_out)
-    print(f"held-out loss: {start:.4f} at first, {trained:.4f} after {args.steps} steps, {later:.4f} after {args.after} more")
+    print(
+        f"held-out loss: {start:.4f} at first, {trained:.4f} after {args.steps} steps, {later:.4f} after {args.after} more"
+    )
     print("| mode | τ | mean k | predicted Δloss | measured Δloss | ‖δΔW‖/‖ΔW‖ | loss later |\n" + "|---" * 7 + "|")
     for tau in args.taus:
         for label, mode, spectrum in (

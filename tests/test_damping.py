@@ -65,11 +65,15 @@ def test_quantization_aware_damping_adds_the_measured_noise(
     nf4 = attach_adapter(load_backbone(tiny_backbone_dir, quantization="nf4"), lora_config())
     settings = {"damping_mode": "quantization_aware", "kfac_damping": 0.1}
     a_cov, inverse = inverse_of_sigma_a(nf4, 1, random_batch(), **settings)
-    noise = torch.tensor([relative_quantization_noise(m.base_layer) for _, m in nf4.named_modules() if hasattr(m, "lora_A")])
+    noise = torch.tensor(
+        [relative_quantization_noise(m.base_layer) for _, m in nf4.named_modules() if hasattr(m, "lora_A")]
+    )
     expected = 0.1 + noise * a_cov.diagonal(dim1=-2, dim2=-1).mean(-1)
     torch.testing.assert_close(damping_used(a_cov, inverse), expected, rtol=1e-3, atol=0)
     a_cov, inverse = inverse_of_sigma_a(model, 1, random_batch(), **settings)
-    torch.testing.assert_close(damping_used(a_cov, inverse), torch.full((4,), 0.1, dtype=torch.float64), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        damping_used(a_cov, inverse), torch.full((4,), 0.1, dtype=torch.float64), rtol=1e-3, atol=0
+    )
 
 
 def test_measured_noise_is_close_to_the_true_error_of_nf4() -> None:
@@ -84,7 +88,9 @@ def test_measured_noise_is_close_to_the_true_error_of_nf4() -> None:
     assert relative_quantization_noise(nn.Linear(4, 4)) == 0.0
 
 
-def test_the_trust_clip_bounds_growth_and_leaves_shrinking_alone(model: PeftModel, random_batch: Callable[..., Any]) -> None:
+def test_the_trust_clip_bounds_growth_and_leaves_shrinking_alone(
+    model: PeftModel, random_batch: Callable[..., Any]
+) -> None:
     norms: dict[float | None, list[float]] = {}
     batch = random_batch()
     for clip in (None, 2.0):

@@ -32,7 +32,9 @@ def backward(model: PeftModel, geometry: RankSpaceGeometry, batch: dict[str, Ten
         geometry.finish_micro_batch()
 
 
-@pytest.mark.parametrize("settings", [{"curvature_penalty": 0.7}, {"reprojection_penalty": 0.3}], ids=lambda s: next(iter(s)))
+@pytest.mark.parametrize(
+    "settings", [{"curvature_penalty": 0.7}, {"reprojection_penalty": 0.3}], ids=lambda s: next(iter(s))
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_gradient_of_the_penalty_is_that_of_autograd(
     make_tiny_llama: Callable[..., Any],
