@@ -359,3 +359,24 @@ def test_layers_of_different_rank_form_their_own_groups(
     assert sorted(group.r for group in geometry.groups) == [2, 4]
     for name, view in geometry.layers.items():
         assert relative_error(view.a_cov, expected[name][0]) < 1e-4
+
+
+def test_b_is_exactly_zero_beyond_the_rank_however_often_ranks_fall_and_rise(
+    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+) -> None:
+    """What `grit export` relies on: rounding of the maps must not leave anything behind."""
+    from grit_lightning.callbacks.reprojection import maps_rule
+
+    model = adapted(make_tiny_llama(), lora_config(r=8))
+    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for seed, rank in enumerate((3, 4, 2, 5, 3)):
+        for batch in (random_batch(seed=seed), random_batch(seed=seed + 10)):
+            optimizer.zero_grad()
+            observe(geometry, model, [batch])
+            optimizer.step()
+        geometry.reproject(maps_rule("balanced"), optimizer=optimizer)
+        geometry.set_ranks(maps_rule("balanced"), dict.fromkeys(geometry.layers, rank), optimizer=optimizer)
+        assert set(geometry.ranks.values()) == {rank}
+        for site in geometry.groups[0].sites:
+            assert bool((site.up.weight[:, rank:] == 0).all())
