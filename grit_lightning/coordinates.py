@@ -62,7 +62,9 @@ class CoordinateChange:
             group.ranks = torch.where(self._enough.cpu(), self._wanted, group.ranks)
         group.apply("a", lambda factor: factor.data, lambda stack, layers: maps.a_map[layers] @ stack.float())
         kept = group.kept.unsqueeze(-2)  # exactly zero beyond the rank, where products of maps leave rounding behind
-        group.apply("b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers] * kept[layers])
+        group.apply(
+            "b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers] * kept[layers]
+        )
         group.total.a, group.total.g = F.carry_covariances(group.total.a, group.total.g, maps)
         group.gradient_gram, *references = (
             F.carry_covariances(matrix, matrix, maps)[0] for matrix in (group.gradient_gram, *group.references.values())
