@@ -192,7 +192,9 @@ class NaturalAdam(GeometryAdam):
     def _updates(self, parameters: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
         adam = self._adam(parameters, [_gradient(p) for p in parameters], settings)
         natural = self._mapped(parameters, [self.state[p]["exp_avg"] for p in parameters], _inverse)
-        use = [p in self._where and bool(self._where[p][0].ready[self._where[p][2]]) for p in parameters]
+        groups = {id(group): group for group, _, _ in self._where.values()}
+        ready = {key: group.ready.tolist() for key, group in groups.items()}  # one transfer a group, none a layer
+        use = [p in self._where and ready[id(self._where[p][0])][self._where[p][2]] for p in parameters]
         lengths, norms = torch._foreach_norm(adam), torch._foreach_norm(natural)
         updates = []
         for fallback, direction, length, norm, chosen in zip(adam, natural, lengths, norms, use, strict=True):
