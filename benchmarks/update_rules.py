@@ -140,7 +140,8 @@ def losses_by_rate(path: Path) -> dict[str, dict[float, list[float]]]:
 def best_rates(path: Path) -> dict[str, float]:
     """Learning rate with the lowest mean loss, by rule."""
     return {
-        rule: min(by_rate, key=lambda lr: statistics.mean(by_rate[lr])) for rule, by_rate in losses_by_rate(path).items()
+        rule: min(by_rate, key=lambda lr: statistics.mean(by_rate[lr]))
+        for rule, by_rate in losses_by_rate(path).items()
     }
 
 

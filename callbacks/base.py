@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.geometry import RankSpaceGeometry
 
 
@@ -20,12 +21,17 @@ class GeometryCallback(Callback):
     Args:
         every_n_steps: Optimizer steps between two actions.
         start_step: First optimizer step (counted from 1) at which an action may happen.
+        stop_step: Last optimizer step at which one may, so that the steps after it train what has been decided; None for
+            no end.
+        events: File of decisions in the run's folder, if the callback takes any.
 
     Raises:
         ValueError: If an interval is out of range.
     """
 
-    def __init__(self, every_n_steps: int, start_step: int = 0) -> None:
+    def __init__(
+        self, every_n_steps: int, start_step: int = 0, stop_step: int | None = None, events: EventLog | None = None
+    ) -> None:
         """Check and remember the schedule."""
         super().__init__()
         name = type(self).__name__
@@ -33,13 +39,18 @@ class GeometryCallback(Callback):
             raise ValueError(f"{name}.every_n_steps must be an integer ≥ 1 (optimizer steps), got {every_n_steps}.")
         if start_step < 0:
             raise ValueError(f"{name}.start_step must be an integer ≥ 0 (optimizer steps), got {start_step}.")
+        if stop_step is not None and stop_step < start_step:
+            raise ValueError(f"{name}.stop_step must be null or ≥ start_step {start_step}, got {stop_step}.")
         self.every_n_steps = every_n_steps
         self.start_step = start_step
+        self.stop_step = stop_step
+        self._events = events
         self._last_step = 0
 
     def should_act(self, step: int) -> bool:
         """Whether to act after optimizer step `step`; override for another schedule."""
-        return step >= self.start_step and step % self.every_n_steps == 0
+        within = self.start_step <= step <= (step if self.stop_step is None else self.stop_step)
+        return within and step % self.every_n_steps == 0
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
@@ -47,6 +58,11 @@ class GeometryCallback(Callback):
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
         """Check settings that depend on the model; raise ValueError."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Settle where decisions are written."""
+        if self._events is not None:
+            self._events.open(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the geometry, which exists from here on.
@@ -57,8 +73,10 @@ class GeometryCallback(Callback):
         self.validate(self._geometry(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not repeat the action of the step a run resumes from."""
+        """On resume, do not repeat the action of that step, and leave each decision in the file once."""
         self._last_step = trainer.global_step
+        if self._events is not None:
+            self._events.resume(trainer)
 
     def on_train_batch_end(
         self,
@@ -75,6 +93,11 @@ class GeometryCallback(Callback):
         self._last_step = step
         if self.should_act(step):
             self.act(trainer, self._geometry(pl_module))
+
+    def _record(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Append decisions to the file."""
+        if self._events is not None:
+            self._events.write(events)
 
     def _geometry(self, pl_module: pl.LightningModule) -> RankSpaceGeometry:
         geometry = getattr(pl_module, "geometry", None)

@@ -66,6 +66,7 @@ class RankAdaptation(GeometryCallback):
         seed: Of the mixing, the same on all processes.
         return_ratio: Gain at which a dropped direction returns under `balanced` and `kl_budget`, ≥ 1 (1 is what noise
             alone gives); None never returns one.
+        stop_step: Last optimizer step at which ranks may change; None for no end.
 
     Attributes:
         decisions: The last 10,000 changes, as `RankDecision`. All changes, and how many layers kept their rank for which
@@ -92,9 +93,10 @@ class RankAdaptation(GeometryCallback):
         mixing_probability: float = 0.0,
         seed: int = 0,
         return_ratio: float | None = 2.0,
+        stop_step: int | None = None,
     ) -> None:
         """Check and remember the settings."""
-        super().__init__(every_n_steps, start_step)
+        super().__init__(every_n_steps, start_step, stop_step, EventLog("ranks.jsonl"))
         _require("rule", rule in ("energy", "balanced", "kl_budget"), "be energy, balanced or kl_budget", rule)
         _require("threshold (τ)", 0.0 < threshold <= 1.0, "lie in (0, 1]", threshold)
         _require("min_rank", min_rank >= 1, "be an integer ≥ 1", min_rank)
@@ -125,18 +127,8 @@ class RankAdaptation(GeometryCallback):
         self._average: Tensor | None = None
         self._account: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
-        self._log = EventLog("ranks.jsonl")
 
     # Trainer hooks.
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle where decisions are written."""
-        self._log.open(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume, leave each decision in the file once."""
-        super().on_train_start(trainer, pl_module)
-        self._log.resume(trainer)
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
         """Refuse bounds that no layer can have.
@@ -165,7 +157,7 @@ class RankAdaptation(GeometryCallback):
             metrics = {"grit/rank_changes": float(len(changes))}
             trainer.lightning_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
         summary = {"step": step, "changed": len(changes), "unchanged": unchanged, "mixed": mixed}
-        self._log.write([*(change._asdict() for change in changes), summary])
+        self._record([*(change._asdict() for change in changes), summary])
 
     # The decision.
 

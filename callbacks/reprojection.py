@@ -60,6 +60,7 @@ class Reprojection(GeometryCallback):
         max_drift: Sine of the largest principal angle, in [0, 1), for `angle_drift`.
         preserve_volume: Give the balancing transform determinant ±1. It then keeps the mean scale of A and B, which
             `balanced` would otherwise set to the fourth root of Σ_g over Σ_a: a step of Adam has a fixed length.
+        stop_step: Last optimizer step at which one may happen; None for no end.
 
     Attributes:
         events: The last 10,000 reprojections with step and reason; all are in `reprojections.jsonl` in the run's folder, if
@@ -82,9 +83,10 @@ class Reprojection(GeometryCallback):
         mass_high: float = 0.95,
         max_drift: float = 0.5,
         preserve_volume: bool = True,
+        stop_step: int | None = None,
     ) -> None:
         """Check and remember the settings."""
-        super().__init__(every_n_steps, start_step)
+        super().__init__(every_n_steps, start_step, stop_step, EventLog("reprojections.jsonl"))
         if mode not in ("one_sided", "two_sided", "balanced"):
             raise ValueError(f"Reprojection.mode must be one_sided, two_sided or balanced, got {mode!r}.")
         if k is not None and k < 1:
@@ -110,7 +112,6 @@ class Reprojection(GeometryCallback):
         self.events: deque[ReprojectionEvent] = deque(maxlen=10_000)
         self.event_count = 0
         self._armed = True
-        self._log = EventLog("reprojections.jsonl")
 
     @property
     def events_per_1000_steps(self) -> float:
@@ -118,15 +119,6 @@ class Reprojection(GeometryCallback):
         return 1000.0 * self.event_count / max(self._last_step, 1)
 
     # Trainer hooks.
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle where events are written."""
-        self._log.open(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume, leave each event in the file once."""
-        super().on_train_start(trainer, pl_module)
-        self._log.resume(trainer)
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
         """Refuse a k that no layer can have.
@@ -151,7 +143,7 @@ class Reprojection(GeometryCallback):
             event = ReprojectionEvent(trainer.global_step, reason)
             self.events.append(event)
             self.event_count += 1
-            self._log.write([event._asdict()])
+            self._record([event._asdict()])
         if not trainer.barebones:
             rate = {"grit/reprojections_per_1000_steps": self.events_per_1000_steps}
             trainer.lightning_module.log_dict(rate, on_step=True, on_epoch=False, batch_size=1)

@@ -52,9 +52,10 @@ class SpectraLogger(GeometryCallback):
         if self.per_layer:
             totals |= {f"grit/{name}/{layer}": v for name, layers in quantities.items() for layer, v in layers.items()}
             totals |= {
-                f"grit/{name}/{short_name(view.name)}": float(count)
-                for view in geometry
-                for name, count in view.counters.items()
+                f"grit/{name}/{short_name(site.name)}": float(count)
+                for group in geometry.groups
+                for name, counts in group.counters.items()
+                for site, count in zip(group.sites, counts, strict=True)
                 if count
             }
         step = trainer.global_step - 1  # Lightning's loggers count from 0

@@ -11,6 +11,7 @@ step) and by callbacks (reprojection, rank).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class LayerView:
     @property
     def counters(self) -> dict[str, int]:
         """Events of this layer: `rejected` micro-batches, `fallbacks` to the raw gradient, damping `escalations`."""
-        return {name: int(getattr(self.group, name)[self.index]) for name in ("rejected", "fallbacks", "escalations")}
+        return {name: counts[self.index] for name, counts in self.group.counters.items()}
 
 
 class RankSpaceGeometry:
@@ -126,10 +127,10 @@ class RankSpaceGeometry:
     @property
     def counters(self) -> dict[str, int]:
         """Events over all layers: rejected micro-batches, gradient fallbacks, damping escalations."""
-        return {
-            name: sum(int(getattr(group, name).sum()) for group in self.groups)
-            for name in ("rejected", "fallbacks", "escalations")
-        }
+        totals: Counter[str] = Counter()
+        for group in self.groups:
+            totals.update({name: sum(counts) for name, counts in group.counters.items()})
+        return dict(totals)
 
     # Statistics.
 

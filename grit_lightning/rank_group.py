@@ -175,6 +175,11 @@ class RankGroup:
         return F.covariance(self.total.g, self.total.weight)
 
     @property
+    def counters(self) -> dict[str, list[int]]:
+        """`rejected`, `fallbacks` and `escalations` by layer; one transfer each."""
+        return {name: getattr(self, name).tolist() for name in ("rejected", "fallbacks", "escalations")}
+
+    @property
     def kept(self) -> Tensor:
         """`[L, r]` bool on the statistics' device: coordinates below the effective rank."""
         return F.rank_mask(self.ranks, self.r).to(self.device)
