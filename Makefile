@@ -42,7 +42,7 @@ demo: $(VENV)/.installed
 	@echo "Curves:  $(BIN)/tensorboard --logdir runs/demo   then open http://localhost:6006"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadscope $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

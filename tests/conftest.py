@@ -7,13 +7,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it has to come before every other import
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import copy
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -140,3 +143,62 @@ def random_batch() -> Callable[..., dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+Batch = dict[str, torch.Tensor]
+Covariances = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def _documents(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels of every document: the real tokens of a row, cut where `position_ids` restart."""
+    for row in range(len(batch["input_ids"])):
+        real = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+        positions = batch["position_ids"][row][real] if "position_ids" in batch else torch.arange(len(ids))
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            yield ids[start:end], labels[start:end]
+
+
+def _truth(model: torch.nn.Module, batches: list[Batch], seed: int = 0) -> Covariances:
+    """Keeps the full input x and output gradient δ of every adapted layer, in float64, one unpadded document at a time,
+    and forms a = A x and g = s·Bᵀδ itself. It shares no code with the package.
+    """
+    model = copy.deepcopy(model).double()
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A
+    }
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    deltas: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        for hooks in (layer._forward_hooks, layer.lora_A[layer.active_adapters[0]]._forward_hooks):
+            hooks.clear()  # those of the geometry under test, which deepcopy has copied too
+
+        def keep_input(module: torch.nn.Module, args: Any, name: str = name) -> None:
+            inputs[name].append(args[0].detach().flatten(0, -2))
+
+        def keep_delta(module: torch.nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
+            output.register_hook(lambda delta: deltas[name].append(delta.detach().flatten(0, -2)))
+
+        layer.lora_A[layer.active_adapters[0]].register_forward_pre_hook(keep_input)  # behind lora_dropout
+        layer.register_forward_hook(keep_delta)
+    torch.manual_seed(seed)
+    for batch in batches:
+        for ids, labels in _documents(batch):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100).backward()
+    covariances = {}
+    for name, layer in layers.items():
+        adapter = layer.active_adapters[0]
+        a = torch.cat(inputs[name]) @ layer.lora_A[adapter].weight.detach().T
+        g = layer.scaling[adapter] * torch.cat(deltas[name]) @ layer.lora_B[adapter].weight.detach()
+        covariances[name] = (a.T @ a / len(a), g.T @ g / len(g))
+    return covariances
+
+
+@pytest.fixture
+def truth() -> Callable[..., Covariances]:
+    """`truth(model, batches)`: Σ_a and Σ_g of every layer by name, float64."""
+    return _truth

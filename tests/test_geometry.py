@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from grit_lightning.config import GeometryConfig
@@ -32,36 +30,6 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
-def reference_covariances(model: PeftModel, batches: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Σ_a and Σ_g from full inputs x and output gradients δ of every token, each sequence alone, in float64."""
-    model = copy.deepcopy(model).double()
-    seen: dict[str, dict[str, list[Tensor]]] = {}
-
-    def keep(name: str, kind: str, value: Tensor) -> None:
-        seen.setdefault(name, {"x": [], "delta": []})[kind].append(value.detach().reshape(-1, value.shape[-1]))
-
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            module.register_forward_pre_hook(lambda _, args, name=name: keep(name, "x", args[0]))
-            module.register_forward_hook(
-                lambda *args, name=name: args[-1].register_hook(lambda delta: keep(name, "delta", delta)) and None
-            )
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            real = mask.bool()
-            logits = model(input_ids=ids[real][None]).logits[0, :-1]
-            loss = nn.functional.cross_entropy(logits, labels[real][1:], reduction="sum", ignore_index=-100)
-            loss.backward()
-    result = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            x, delta = torch.cat(seen[name]["x"]), torch.cat(seen[name]["delta"])
-            a = x @ module.lora_A["default"].weight.detach().T
-            g = module.scaling["default"] * delta @ module.lora_B["default"].weight.detach()
-            result[name] = (a.T @ a / len(a), g.T @ g / len(g))
-    return result
-
-
 def observe(geometry: RankSpaceGeometry, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     """One accumulation window over `batches`, as GritLitModule runs it."""
     for batch in batches:
@@ -82,11 +50,15 @@ def split(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("size", [8, 4, 1, 3])
 def test_covariances_equal_those_of_stored_inputs_and_output_gradients(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any], size: int
+    make_tiny_llama: Callable[..., Any],
+    random_batch: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    size: int,
+    truth: Callable[..., Any],
 ) -> None:
     model = adapted(make_tiny_llama(), lora_config(target_modules=ALL_LINEAR))
     batch = random_batch(batch=8, length=12, pad=[0, 3, 5, 1, 0, 7, 2, 4], prompt=2)
-    expected = reference_covariances(model, [batch])
+    expected = truth(model, [batch])
     geometry = RankSpaceGeometry(model, GeometryConfig())
     observe(geometry, model, split(batch, size))
     assert geometry.layers.keys() == expected.keys()
@@ -99,7 +71,10 @@ def test_covariances_equal_those_of_stored_inputs_and_output_gradients(
 
 
 def test_the_moving_average_forgets_and_the_running_mean_does_not(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_tiny_llama: Callable[..., Any],
+    random_batch: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    truth: Callable[..., Any],
 ) -> None:
     batches = [random_batch(batch=2, length=10, seed=seed) for seed in range(3)]
     found = {}
@@ -109,7 +84,7 @@ def test_the_moving_average_forgets_and_the_running_mean_does_not(
         for batch in batches:
             observe(geometry, model, [batch])
         found[averaging] = {name: view.a_cov for name, view in geometry.layers.items()}
-    singles = [reference_covariances(adapted(make_tiny_llama(), lora_config()), [batch]) for batch in batches]
+    singles = [truth(adapted(make_tiny_llama(), lora_config()), [batch]) for batch in batches]
     for name in found["mean"]:
         c1, c2, c3 = (single[name][0] for single in singles)
         assert relative_error(found["mean"][name], (c1 + c2 + c3) / 3) < 1e-5
@@ -270,7 +245,11 @@ def test_reprojection_at_full_rank_keeps_the_function(
 
 @pytest.mark.parametrize("mode", ["one_sided", "two_sided", "balanced"])
 def test_reprojection_projects_as_the_method_says_and_statistics_follow(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any], mode: Any
+    make_tiny_llama: Callable[..., Any],
+    random_batch: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    mode: Any,
+    truth: Callable[..., Any],
 ) -> None:
     from grit_lightning.callbacks.reprojection import maps_rule
 
@@ -294,9 +273,7 @@ def test_reprojection_projects_as_the_method_says_and_statistics_follow(
             assert relative_error(delta, up.double() @ p_g @ p_a @ down.double()) < 1e-4
         assert torch.linalg.matrix_rank(delta) == 2
         assert bool((site.up.weight[:, 2:] == 0).all())
-    expected = reference_covariances(
-        model, [batch]
-    )  # with the new factors, on the inputs the old ones were measured on
+    expected = truth(model, [batch])  # with the new factors, on the inputs the old ones were measured on
     first = next(iter(geometry.layers.values()))
     assert relative_error(first.a_cov, expected[first.name][0]) < 1e-4
 
@@ -333,14 +310,16 @@ def test_bad_settings_name_the_field(settings: dict[str, Any], message: str) -> 
         GeometryConfig(**settings)
 
 
-def test_conv1d_layers_of_gpt2_are_found_and_measured(random_batch: Callable[..., Any]) -> None:
+def test_conv1d_layers_of_gpt2_are_found_and_measured(
+    random_batch: Callable[..., Any], truth: Callable[..., Any]
+) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=320, n_positions=64))
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     model = adapted(gpt2.eval(), config)
     batch = random_batch(batch=3, length=8)
-    expected = reference_covariances(model, [batch])
+    expected = truth(model, [batch])
     geometry = RankSpaceGeometry(model, GeometryConfig())
     observe(geometry, model, [batch])
     for name, view in geometry.layers.items():
@@ -349,12 +328,15 @@ def test_conv1d_layers_of_gpt2_are_found_and_measured(random_batch: Callable[...
 
 
 def test_layers_of_different_rank_form_their_own_groups(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_tiny_llama: Callable[..., Any],
+    random_batch: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    truth: Callable[..., Any],
 ) -> None:
     model = adapted(make_tiny_llama(), lora_config(rank_pattern={"layers.0.self_attn.q_proj": 2}))
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1))
     batch = random_batch()
-    expected = reference_covariances(model, [batch])
+    expected = truth(model, [batch])
     observe(geometry, model, [batch])
     assert sorted(group.r for group in geometry.groups) == [2, 4]
     for name, view in geometry.layers.items():
