@@ -1,4 +1,4 @@
-"""What all callbacks of the geometry share: they need one, and act once per due optimizer step."""
+"""What callbacks with a schedule share: they act once per due optimizer step; most of them on the geometry."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.geometry import RankSpaceGeometry
 
 
-class GeometryCallback(Callback):
-    """Calls `act` after every optimizer step for which `should_act` is true, once per accumulation window.
+class ScheduledCallback(Callback):
+    """Calls `on_due_step` after every optimizer step for which `should_act` is true, once per accumulation window.
 
     Args:
-        every_n_steps: Optimizer steps between two actions.
+        every_n_steps: Optimizer steps between two actions; None for no action.
         start_step: First optimizer step (counted from 1) at which an action may happen.
         stop_step: Last optimizer step at which one may, so that the steps after it train what has been decided; None for
             no end.
@@ -30,12 +30,16 @@ class GeometryCallback(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int, start_step: int = 0, stop_step: int | None = None, events: EventLog | None = None
+        self,
+        every_n_steps: int | None,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        events: EventLog | None = None,
     ) -> None:
         """Check and remember the schedule."""
         super().__init__()
         name = type(self).__name__
-        if every_n_steps < 1:
+        if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"{name}.every_n_steps must be an integer ≥ 1 (optimizer steps), got {every_n_steps}.")
         if start_step < 0:
             raise ValueError(f"{name}.start_step must be an integer ≥ 0 (optimizer steps), got {start_step}.")
@@ -50,27 +54,16 @@ class GeometryCallback(Callback):
     def should_act(self, step: int) -> bool:
         """Whether to act after optimizer step `step`; override for another schedule."""
         within = self.start_step <= step <= (step if self.stop_step is None else self.stop_step)
-        return within and step % self.every_n_steps == 0
+        return self.every_n_steps is not None and within and step % self.every_n_steps == 0
 
     @abstractmethod
-    def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
+    def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what the callback is for; runs on every process, after the optimizer step."""
-
-    def validate(self, geometry: RankSpaceGeometry) -> None:
-        """Check settings that depend on the model; raise ValueError."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Settle where decisions are written."""
         if self._events is not None:
             self._events.open(trainer)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resolve the geometry, which exists from here on.
-
-        Raises:
-            MisconfigurationException: If the module has no geometry.
-        """
-        self.validate(self._geometry(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On resume, do not repeat the action of that step, and leave each decision in the file once."""
@@ -92,12 +85,43 @@ class GeometryCallback(Callback):
             return
         self._last_step = step
         if self.should_act(step):
-            self.act(trainer, self._geometry(pl_module))
+            self.on_due_step(trainer, pl_module)
 
     def _record(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Append decisions to the file."""
         if self._events is not None:
             self._events.write(events)
+
+
+class GeometryCallback(ScheduledCallback):
+    """A scheduled callback that calls `act` with the geometry.
+
+    Args:
+        every_n_steps: Optimizer steps between two actions.
+        start_step: First optimizer step (counted from 1) at which an action may happen.
+        stop_step: Last optimizer step at which one may, so that the steps after it train what has been decided; None for
+            no end.
+        events: File of decisions in the run's folder, if the callback takes any.
+    """
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
+        """Do what the callback is for; runs on every process, after the optimizer step."""
+
+    def validate(self, geometry: RankSpaceGeometry) -> None:
+        """Check settings that depend on the model; raise ValueError."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Resolve the geometry, which exists from here on.
+
+        Raises:
+            MisconfigurationException: If the module has no geometry.
+        """
+        self.validate(self._geometry(pl_module))
+
+    def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act on the geometry."""
+        self.act(trainer, self._geometry(pl_module))
 
     def _geometry(self, pl_module: pl.LightningModule) -> RankSpaceGeometry:
         geometry = getattr(pl_module, "geometry", None)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -23,6 +23,14 @@ from grit_lightning.records import write_json
 from grit_lightning.reporting import summary_table
 
 FILENAME = "summary.json"
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A callback whose results belong into the record of a run."""
+
+    def report(self) -> Mapping[str, Any]:
+        """Return entries of ``summary.json`` by name, none as long as there is nothing to tell; rank zero only."""
 
 
 class RunRecord(Callback):
@@ -48,6 +56,7 @@ class RunRecord(Callback):
       process's; ``wall_seconds``: of the fit, earlier attempts included.
     - ``global_step``, ``epoch``, ``seed``, ``device``, ``world_size``, ``versions``, and ``git_commit`` and
       ``git_dirty`` of the working directory.
+    - what other callbacks report (`Reports`): ``forgetting``, of a `ForgettingProbe`.
 
     Without a `StepTimer` among the callbacks it adds one that logs nothing. On resume it drops the lines that an
     earlier attempt wrote to metrics.jsonl after the checkpoint.
@@ -164,6 +173,9 @@ class RunRecord(Callback):
         result = {"status": status, "error": error, "metrics": self._metrics(trainer)}
         timer = _step_timer(trainer)
         self.summary = result | _adapter(pl_module) | _times(timer) | self._circumstances(trainer, pl_module)
+        for callback in _callbacks(trainer):
+            if isinstance(callback, Reports):
+                self.summary |= callback.report()
         if self._path is not None:
             write_json(self._path, self.summary)
 

@@ -101,15 +101,24 @@ def read_local(source: Path, split: str, config: str | None = None) -> datasets.
     return read_files(chosen) if chosen else None
 
 
-def read_hub(hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = False) -> Any:
     """Downloads one split from the hub, or reads it from the local cache.
+
+    Args:
+        hub_id: Table on the hub.
+        config: Its configuration.
+        split: Name of the split there.
+        streaming: Fetch rows as they are asked for, of a table that is too large to download; nothing is cached.
+
+    Returns:
+        A `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
 
     Raises:
         ConnectionError: The hub cannot be reached and nothing is cached; says what to download and how to point at it.
     """
     with quiet():
         try:
-            return datasets.load_dataset(hub_id, config, split=split)
+            return datasets.load_dataset(hub_id, config, split=split, streaming=streaming)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # all network errors are OSErrors
             folder = hub_id.rpartition("/")[2]
             raise ConnectionError(

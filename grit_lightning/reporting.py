@@ -11,7 +11,7 @@ _UNKNOWN = "—"
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Lays out a run's summary: task metrics before and after, parameters, ranks, times, memory.
+    """Lays out a run's summary: task metrics before and after, what was forgotten, parameters, ranks, times, memory.
 
     Args:
         summary: What `RunRecord` writes to summary.json.
@@ -23,6 +23,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     before, after = summary["metrics"]["before"], summary["metrics"]["after"]
     for key in sorted({*before, *after}):
         table.add_row(key, _shown(before.get(key), "{:.4f}".format), _shown(after.get(key), "{:.4f}".format))
+    _add_forgetting(table, summary.get("forgetting", {}))
     table.add_section()
     trainable, effective = summary["trainable_parameters"], summary["effective_parameters"]
     table.add_row("trainable parameters", "", f"{trainable:,}")
@@ -37,6 +38,18 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("geometry share of step time", "", _shown(summary["geometry_share"], "{:.1%}".format))
     table.add_row("peak memory", "", _shown(summary["peak_memory_bytes"], _size))
     return table
+
+
+def _add_forgetting(table: Table, probes: Mapping[str, Any]) -> None:
+    """Adds each metric of a `ForgettingProbe` before and after, and the change with its interval."""
+    table.add_section()
+    for name, probe in probes.items():
+        for metric, row in probe.items():
+            if not isinstance(row, Mapping):
+                continue  # the size of the probe
+            table.add_row(f"{name} {metric}", *(_shown(row[when], "{:.4f}".format) for when in ("before", "after")))
+            interval = row["interval"] and "{:+.4f} … {:+.4f}".format(*row["interval"])
+            table.add_row("  change, its interval", interval or _UNKNOWN, _shown(row["delta"], "{:+.4f}".format))
 
 
 def _shown(value: Any, form: Callable[[Any], str]) -> str:

@@ -1,0 +1,311 @@
+"""How much of its pretraining a model forgets while it is fine-tuned (ΔL_pt in the paper's forgetting laws)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grit_lightning.backbones import load_tokenizer
+from grit_lightning.callbacks.base import ScheduledCallback
+from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.retention.change import mean_change
+from grit_lightning.retention.likelihood import log_likelihoods
+from grit_lightning.retention.probe import Probe, TextProbe
+from grit_lightning.retention.text import TextData
+from grit_lightning.retention.undisturbed import adapter_off, undisturbed
+from grit_lightning.retention.zero_shot import ZeroShotTask
+
+FILENAME = "forgetting.jsonl"
+BACKBONE_TOLERANCE = 1e-3
+"""Nats per token by which the loss without adapter may move: kernels of another machine, after a resume, round otherwise."""
+
+Scores = dict[str, Tensor]
+"""Log-likelihoods of the sequences of each probe, by its name."""
+
+
+class ForgettingProbe(ScheduledCallback):
+    """Measures the loss on held-out text and zero-shot accuracies before, during and after training.
+
+    ΔL_pt = L_pt(after) − L_pt(before), in nats per token, with a bootstrap interval that is paired over blocks of text (over
+    questions for accuracies). The loss of the backbone alone, with the adapter switched off, is measured at the start and at
+    the end too: it must not move, and a warning says so if it does.
+
+    Loggers get `forgetting/<name>/<metric>` and `forgetting/<name>/<metric>_delta`, with the metrics `loss` of texts, `acc`
+    and `acc_norm` of questions, and `forgetting/<name>/loss_adapter_off`. `RunRecord` puts the results into summary.json
+    under `forgetting`, and every block's and question's own numbers stand in `forgetting.jsonl` in the run's folder, if the
+    run has loggers.
+
+    Training goes on as if there were no probe: same weights, same random numbers, same statistics. A resumed run takes
+    the values before training from its checkpoint. Several processes share the work. In `fast_dev_run` one batch of each
+    data set is measured, in a barebones Trainer nothing.
+
+    Args:
+        texts: Held-out texts, proxies of the pretraining data.
+        zero_shot: Multiple-choice benchmarks.
+        block_size: Tokens of a block of text; at most the model's context.
+        max_blocks: Blocks of each text, from its start; None for all.
+        batch_size: Blocks, or options of questions, in a forward pass of a process.
+        every_n_steps: Optimizer steps between measurements during training; None measures before and after only.
+        start_step: First optimizer step at which one during training may happen.
+        stop_step: Last one; None for no end.
+        confidence: Level of the intervals, in (0, 1).
+        tokenizer: Where the tokenizer comes from; None for the data module's, or else the backbone's.
+
+    Raises:
+        ValueError: If there is nothing to measure, a setting is out of range, or two data sets have the same name.
+    """
+
+    def __init__(
+        self,
+        texts: list[TextData] | None = None,
+        zero_shot: list[ZeroShotTask] | None = None,
+        block_size: int = 512,
+        max_blocks: int | None = 64,
+        batch_size: int = 4,
+        every_n_steps: int | None = None,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        confidence: float = 0.95,
+        tokenizer: str | None = None,
+    ) -> None:
+        """Check and remember the settings; data are read in `setup`."""
+        super().__init__(every_n_steps, start_step, stop_step, EventLog(FILENAME))
+        for name, value, least in (
+            ("block_size", block_size, 2),
+            ("max_blocks", max_blocks, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"ForgettingProbe.{name} must be an integer ≥ {least}, got {value}.")
+        if not 0.0 < confidence < 1.0:
+            raise ValueError(f"ForgettingProbe.confidence must lie in (0, 1), got {confidence}.")
+        self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
+        self.zero_shot = [ZeroShotTask(**task) if isinstance(task, Mapping) else task for task in zero_shot or []]
+        names = [text.label for text in self.texts] + [task.label for task in self.zero_shot]
+        if not names:
+            raise ValueError("ForgettingProbe measures nothing: give it texts, zero_shot tasks, or both.")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"ForgettingProbe has several data sets called {', '.join(twice)}: set their `name`.")
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        self.batch_size = batch_size
+        self.confidence = confidence
+        self.tokenizer = tokenizer
+        self._probes: list[Probe] = []
+        self._before: Scores = {}
+        self._after: Scores = {}
+        self._backbone: tuple[Scores, Scores] = ({}, {})  # without adapter: at the start, at the end
+        self._skips_state = False
+
+    # Trainer hooks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the data, on every process, before anything is trained.
+
+        Raises:
+            FileNotFoundError: Data are missing.
+            ValueError: Data do not have what is expected of them.
+            ConnectionError: The hub cannot be reached.
+            MisconfigurationException: No tokenizer can be found.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or trainer.barebones:
+            return
+        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        tokenizer = self._tokenizer(trainer, pl_module)
+        blocks = min(self.batch_size, self.max_blocks or self.batch_size) if dev_run else self.max_blocks
+        texts = [text.probe(tokenizer, self.block_size, blocks) for text in self.texts]
+        questions = [task.probe(tokenizer, self.batch_size if dev_run else None) for task in self.zero_shot]
+        self._probes = [*texts, *questions]
+        self._skips_state = dev_run  # its blocks are not those of a checkpoint
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the model can be measured.
+
+        Raises:
+            MisconfigurationException: If the module has no PEFT model, so that there is no adapter to switch off.
+            ValueError: If blocks are longer than the model's context.
+        """
+        context = getattr(_peft_model(pl_module).config, "max_position_embeddings", None)
+        if context is None:
+            return
+        if self.texts and self.block_size > context:
+            raise ValueError(
+                f"ForgettingProbe.block_size of {self.block_size} tokens does not fit the model's context of {context}. Set "
+                f"block_size to at most {context}."
+            )
+        self._probes = [probe.within(context) for probe in self._probes]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what there is to be forgotten; a resumed run has done that."""
+        super().on_train_start(trainer, pl_module)
+        self._after = {}
+        if trainer.global_step == 0:
+            self._before = self._measure(trainer, pl_module, "before")
+            self._backbone = (self._measure(trainer, pl_module, "before", without_adapter=True), {})
+        elif self._probes and not self._before:
+            rank_zero_warn(
+                f"ForgettingProbe: training goes on from step {trainer.global_step}, and the checkpoint holds no measurement "
+                "from before it. There will be no change to report; the backbone without adapter is measured all the same."
+            )
+
+    def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure in between; the values are there for early stopping and checkpoints to monitor."""
+        scores = self._measure(trainer, pl_module, "during")
+        pl_module.log_dict(self._metrics(scores), logger=False, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what is left, and whether the backbone is still the same."""
+        self._after = self._measure(trainer, pl_module, "after")
+        end = self._measure(trainer, pl_module, "after", without_adapter=True)
+        self._backbone = (self._backbone[0], end)
+        for probe in self._probes:
+            row = self._row(probe, "loss") if isinstance(probe, TextProbe) else {}
+            start, now = row.get("adapter_off_before"), row.get("adapter_off_after")
+            if start is not None and now is not None and not abs(now - start) <= BACKBONE_TOLERANCE:
+                rank_zero_warn(
+                    f"ForgettingProbe: without its adapter the model's loss on {probe.name} went from {start:.4f} to {now:.4f} "
+                    "nats per token, but nothing outside the adapter should have been trained. Look for trained biases "
+                    "(adapter.bias), or for other code that changes the backbone."
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot measure again."""
+        prints = {probe.name: probe.fingerprint for probe in self._probes}
+        return {"fingerprints": prints, "before": dict(self._before), "backbone": dict(self._backbone[0])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the values before training from an earlier attempt.
+
+        Raises:
+            ValueError: If they were measured on other data than this run would measure after training.
+        """
+        if self._skips_state:
+            return
+        for probe in self._probes:
+            if state_dict["fingerprints"].get(probe.name, probe.fingerprint) != probe.fingerprint:
+                raise ValueError(
+                    f"ForgettingProbe: what {probe.name} measures is not what the checkpoint has measured before training. "
+                    "Set its source, block_size, max_blocks or limit, and the tokenizer, as they were; or rename it."
+                )
+        self._before, self._backbone = dict(state_dict["before"]), (dict(state_dict["backbone"]), {})
+
+    @property
+    def state_key(self) -> str:
+        """The same for any setting, so that a run may go on with another interval."""
+        return type(self).__qualname__
+
+    # Results.
+
+    def report(self) -> dict[str, Any]:
+        """Return results for summary.json, by data set: its size and, for each metric, what `_row` says."""
+        if not self._before and not self._after:
+            return {}
+        rows = {
+            probe.name: {**probe.size, **{metric: self._row(probe, metric) for metric in probe.metrics}}
+            for probe in self._probes
+        }
+        return {"forgetting": rows}
+
+    def _row(self, probe: Probe, metric: str) -> dict[str, Any]:
+        """`before`, `after`, `delta`, its `interval`, and for texts `adapter_off_before` and `_after`; None if missing."""
+        before, after = self._before.get(probe.name), self._after.get(probe.name)
+        row: dict[str, Any] = {"before": _mean(probe, metric, before), "after": _mean(probe, metric, after)}
+        row |= {"delta": None, "interval": None, "confidence": self.confidence}
+        if before is not None and after is not None:
+            values = probe.values(before)[metric], probe.values(after)[metric]
+            row["delta"], row["interval"] = mean_change(*values, probe.weights, self.confidence)
+        if isinstance(probe, TextProbe):
+            for when, scores in zip(("before", "after"), self._backbone, strict=True):
+                row[f"adapter_off_{when}"] = _mean(probe, metric, scores.get(probe.name))
+        return row
+
+    def _metrics(self, scores: Scores) -> dict[str, float]:
+        """Means for the loggers, and their changes where there is a value before."""
+        logged = {}
+        for probe in self._probes:
+            for metric in probe.metrics:
+                key = f"forgetting/{probe.name}/{metric}"
+                logged[key] = now = _mean(probe, metric, scores.get(probe.name))
+                if (start := _mean(probe, metric, self._before.get(probe.name))) is not None and now is not None:
+                    logged[f"{key}_delta"] = now - start
+        return {key: value for key, value in logged.items() if value is not None}
+
+    # Measuring.
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str, *, without_adapter: bool = False
+    ) -> Scores:
+        """Score every probe on all processes (texts only without adapter), log and write down; returns float64 on the CPU."""
+        probes = [probe for probe in self._probes if isinstance(probe, TextProbe) or not without_adapter]
+        if not probes:
+            return {}
+        model: Any = trainer.strategy.model  # as the strategy has wrapped it
+        switch = adapter_off(_peft_model(pl_module)) if without_adapter else nullcontext()
+        scores = {}
+        with undisturbed(pl_module, pl_module.device), switch, trainer.precision_plugin.forward_context():
+            for probe in probes:
+                own = log_likelihoods(
+                    lambda batch: model(batch, with_loss=False, trim=True).logits,
+                    probe.sequences,
+                    self.batch_size,
+                    pl_module.device,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                )
+                scores[probe.name] = trainer.strategy.reduce(own, reduce_op="sum").cpu().double()
+        self._publish(trainer, probes, scores, when, without_adapter)
+        return scores
+
+    def _publish(
+        self, trainer: pl.Trainer, probes: Sequence[Probe], scores: Scores, when: str, without_adapter: bool
+    ) -> None:
+        metrics = self._metrics(scores)
+        if without_adapter:
+            metrics = {f"{key}_adapter_off": value for key, value in metrics.items() if not key.endswith("_delta")}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
+        head = {"step": trainer.global_step, "when": when, "adapter": not without_adapter}
+        self._record(_lines(head, probes, scores))
+
+    def _tokenizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedTokenizerBase:
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer)
+        given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if isinstance(given, PreTrainedTokenizerBase):
+            return given
+        backbone = getattr(pl_module, "loading", {}).get("source")
+        if not isinstance(backbone, str):
+            raise MisconfigurationException(
+                "ForgettingProbe needs a tokenizer, but neither the data module nor the backbone names one. Set "
+                "ForgettingProbe.tokenizer to a hub id or folder."
+            )
+        return load_tokenizer(backbone)
+
+
+def _peft_model(pl_module: pl.LightningModule) -> PeftModel:
+    model = getattr(pl_module, "model", None)
+    if not isinstance(model, PeftModel):
+        raise MisconfigurationException(
+            f"ForgettingProbe switches the adapter of a PEFT model off, but {type(pl_module).__name__}.model is "
+            f"{type(model).__name__}. Use a GritLitModule, or remove the callback."
+        )
+    return model
+
+
+def _mean(probe: Probe, metric: str, scores: Tensor | None) -> float | None:
+    return None if scores is None else float(probe.values(scores)[metric].sum() / probe.weights.sum())
+
+
+def _lines(head: Mapping[str, Any], probes: Iterable[Probe], scores: Scores) -> Iterable[dict[str, Any]]:
+    for probe in probes:
+        for index, line in enumerate(probe.describe(scores[probe.name])):
+            yield {**head, "data": probe.name, probe.unit: index, **line}
