@@ -159,6 +159,8 @@ class ForgettingProbe(ScheduledCallback):
 
     def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure in between; the values are there for early stopping and checkpoints to monitor."""
+        if trainer.global_step == trainer.max_steps:
+            return  # `on_train_end` is next
         scores = self._measure(trainer, pl_module, "during")
         pl_module.log_dict(self._metrics(scores), logger=False, batch_size=1)
 
@@ -271,6 +273,7 @@ class ForgettingProbe(ScheduledCallback):
         metrics = self._metrics(scores)
         if without_adapter:
             metrics = {f"{key}_adapter_off": value for key, value in metrics.items() if not key.endswith("_delta")}
+        metrics["epoch"] = trainer.current_epoch
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
         head = {"step": trainer.global_step, "when": when, "adapter": not without_adapter}

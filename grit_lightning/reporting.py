@@ -49,7 +49,8 @@ def _add_forgetting(table: Table, probes: Mapping[str, Any]) -> None:
                 continue  # the size of the probe
             table.add_row(f"{name} {metric}", *(_shown(row[when], "{:.4f}".format) for when in ("before", "after")))
             interval = row["interval"] and "{:+.4f} … {:+.4f}".format(*row["interval"])
-            table.add_row("  change, its interval", interval or _UNKNOWN, _shown(row["delta"], "{:+.4f}".format))
+            change = _shown(row["delta"], "{:+.4f}".format)
+            table.add_row(f"  change, {row['confidence']:.0%} interval", interval or _UNKNOWN, change)
 
 
 def _shown(value: Any, form: Callable[[Any], str]) -> str:

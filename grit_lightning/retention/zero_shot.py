@@ -117,12 +117,11 @@ class ZeroShotTask:
         schema = SCHEMAS[self.schema]
         limit = min((bound for bound in (self.limit, at_most) if bound is not None), default=None)
         questions, broken = self._questions(schema, limit)
+        left_out = f"rows left out: {len(broken)}" + (f", the first because {broken[0]}" if broken else "")
         if not questions:
-            raise ValueError(
-                f"{self._where}: there is no usable question; the first row: {next(iter(broken), 'none')}."
-            )
+            raise ValueError(f"{self._where}: there is no usable question, {left_out}.")
         if broken:
-            rank_zero_warn(f"{self._where}: {len(broken)} rows are left out; the first of them: {broken[0]}.")
+            rank_zero_warn(f"{self._where}: {left_out}.")
         sequences = [sequence_of(tokenizer, *pair) for question in questions for pair in question.pairs]
         return ChoiceProbe(self.label, sequences, questions, schema)
 
@@ -142,7 +141,7 @@ class ZeroShotTask:
         path = None if self.source is None else Path(self.source).expanduser()
         if path is None:
             table: Any = read_hub(schema.hub_id, schema.hub_config, self.split)
-        elif path.suffix == ".csv" and schema.headerless and (rows := _headerless(path, schema)):
+        elif path.suffix == ".csv" and path.is_file() and (rows := _headerless(path, schema)):
             return iter(rows)
         elif path.is_file():
             table = read_files([path])
