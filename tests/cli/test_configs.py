@@ -12,12 +12,13 @@ from grit_lightning.cli import main
 from grit_lightning.configs import find_config, shipped_configs
 
 OVERLAYS = ("ablations/fixed_rank", "ablations/no_kfac", "ablations/no_reprojection", "ablations/plain_adapter")
+PROBES = ("probes/forgetting",)
 CONFIGS = ("boolq", "boolq_llama3.1_8b", "boolq_llama3.2_3b", "demo")
 
 
 def test_all_shipped_configs_are_known_here() -> None:
-    assert tuple(shipped_configs()) == OVERLAYS + CONFIGS
-    assert len(shipped_configs()) == 8
+    assert sorted(shipped_configs()) == sorted(OVERLAYS + PROBES + CONFIGS)
+    assert len(shipped_configs()) == 9
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,7 +34,23 @@ def test_overlay_trains_on_top_of_the_demo(name: str, tiny: list[str], capsys: p
     assert "Run finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", OVERLAYS + CONFIGS)
+@pytest.mark.parametrize("last", [[], ["--without=[ForgettingProbe]"]], ids=["added", "and left out"])
+def test_probe_measures_on_top_of_any_config(
+    last: list[str], tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.txt").write_text("Whatever may be read. " * 30)
+    words = [
+        "--trainer.callbacks.texts=[{source: my.txt}]",
+        "--trainer.callbacks.zero_shot=null",
+    ]  # as its header shows
+    words += ["--trainer.callbacks.block_size=64", "--trainer.fast_dev_run=2"]
+    main(["fit", "--config", "demo", "--config", "probes/forgetting", *tiny, *words, *last])
+    shown = capsys.readouterr().out
+    assert "Run finished" in shown
+    assert ("my loss" in shown) == (not last)
+
+
+@pytest.mark.parametrize("name", OVERLAYS + PROBES + CONFIGS)
 def test_config_opens_with_what_it_is_its_command_and_an_override(name: str) -> None:
     text = shipped_configs()[name].read_text(encoding="utf-8")
     header = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
