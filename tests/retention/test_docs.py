@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -35,5 +36,5 @@ def test_the_yaml_example_builds_a_probe() -> None:
 
 def test_the_command_names_shipped_configurations() -> None:
     words = shlex.split(block("bash"))
-    named = [after for word, after in zip(words, words[1:], strict=False) if word == "--config"]
+    named = [after for word, after in pairwise(words) if word == "--config"]
     assert [find_config(name).stem for name in named] == ["demo", "forgetting"]
