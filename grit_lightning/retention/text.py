@@ -7,11 +7,11 @@ block's first token is not predicted. A perplexity is exp(L_pt) and belongs to a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -138,11 +138,13 @@ class TextData:
             if not path.is_file():
                 raise FileNotFoundError(f"Text file {path} does not exist. Set `source` to one that does.")
             return [path.read_text(encoding="utf-8")]
-        table = self._table(path)
-        columns = table.column_names
-        if columns is not None and self.column not in columns:
-            raise ValueError(f"{self._where}: there is no column {self.column!r}, only {columns}. Set `column`.")
-        return (row[self.column] or "" for row in table)
+        return self._column(self._table(path))
+
+    def _column(self, table: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        for row in table:
+            if self.column not in row:  # a streamed table may not know its columns before
+                raise ValueError(f"{self._where}: there is no column {self.column!r}, only {list(row)}. Set `column`.")
+            yield "" if row[self.column] is None else str(row[self.column])
 
     def _table(self, path: Path) -> datasets.Dataset:
         if path.is_dir():

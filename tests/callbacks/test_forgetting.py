@@ -15,7 +15,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from grit_lightning.callbacks import AdapterCheckpoint, ForgettingProbe, RankAdaptation, Reprojection, RunRecord
+from grit_lightning.callbacks import (
+    AdapterCheckpoint,
+    ForgettingProbe,
+    RankAdaptation,
+    Reprojection,
+    RunRecord,
+    SpectraLogger,
+    StepTimer,
+)
 from grit_lightning.config import GeometryConfig
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
@@ -86,11 +94,12 @@ def summary(folder: Path) -> dict[str, Any]:
 # What is measured.
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_before_is_the_backbone_and_the_backbone_stays(
-    quick_module: Factory, loader: Factory, make_trainer: Factory, probe: Factory, tmp_path: Path
+    quick_module: Factory, loader: Factory, make_trainer: Factory, probe: Factory, tmp_path: Path, precision: str
 ) -> None:
-    callback = probe()
-    make_trainer(callbacks=[callback, RunRecord()], logger=JSONLinesLogger(tmp_path)).fit(quick_module(), loader(6))
+    trainer = make_trainer(callbacks=[probe(), RunRecord()], logger=JSONLinesLogger(tmp_path), precision=precision)
+    trainer.fit(quick_module(), loader(6))
     row = summary(tmp_path)["forgetting"]["prose"]["loss"]
     assert row["before"] == row["adapter_off_before"] == row["adapter_off_after"]  # to the bit: B = 0
     written = lines(tmp_path, "forgetting.jsonl")
@@ -193,7 +202,10 @@ def test_loggers_get_values_and_changes(
 
     tensorboard.log_metrics = log_metrics  # type: ignore[method-assign,assignment]
     trainer = make_trainer(
-        callbacks=[probe(every_n_steps=2)], logger=[JSONLinesLogger(tmp_path), tensorboard], max_steps=6, max_epochs=-1
+        callbacks=[probe(every_n_steps=2), SpectraLogger(every_n_steps=2), StepTimer(every_n_steps=2)],
+        logger=[JSONLinesLogger(tmp_path), tensorboard],
+        max_steps=6,
+        max_epochs=-1,
     )
     trainer.fit(quick_module(), loader(6))
     written: dict[str, list[int]] = {}
