@@ -100,6 +100,7 @@ class ForgettingProbe(ScheduledCallback):
         self.confidence = confidence
         self.tokenizer = tokenizer
         self._probes: list[Probe] = []
+        self._fingerprints: dict[str, str] = {}
         self._before: Scores = {}
         self._after: Scores = {}
         self._backbone: tuple[Scores, Scores] = ({}, {})  # without adapter: at the start, at the end
@@ -125,6 +126,7 @@ class ForgettingProbe(ScheduledCallback):
         texts = [text.probe(tokenizer, self.block_size, blocks) for text in self.texts]
         questions = [task.probe(tokenizer, self.batch_size if dev_run else None) for task in self.zero_shot]
         self._probes = [*texts, *questions]
+        self._fingerprints = {probe.name: probe.fingerprint for probe in self._probes}
         self._skips_state = dev_run  # its blocks are not those of a checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,8 +183,7 @@ class ForgettingProbe(ScheduledCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot measure again."""
-        prints = {probe.name: probe.fingerprint for probe in self._probes}
-        return {"fingerprints": prints, "before": dict(self._before), "backbone": dict(self._backbone[0])}
+        return {"fingerprints": self._fingerprints, "before": dict(self._before), "backbone": dict(self._backbone[0])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the values before training from an earlier attempt.
@@ -192,10 +193,10 @@ class ForgettingProbe(ScheduledCallback):
         """
         if self._skips_state:
             return
-        for probe in self._probes:
-            if state_dict["fingerprints"].get(probe.name, probe.fingerprint) != probe.fingerprint:
+        for name, fingerprint in self._fingerprints.items():
+            if state_dict["fingerprints"].get(name, fingerprint) != fingerprint:
                 raise ValueError(
-                    f"ForgettingProbe: what {probe.name} measures is not what the checkpoint has measured before training. "
+                    f"ForgettingProbe: what {name} measures is not what the checkpoint has measured before training. "
                     "Set its source, block_size, max_blocks or limit, and the tokenizer, as they were; or rename it."
                 )
         self._before, self._backbone = dict(state_dict["before"]), (dict(state_dict["backbone"]), {})
@@ -253,7 +254,7 @@ class ForgettingProbe(ScheduledCallback):
         model: Any = trainer.strategy.model  # as the strategy has wrapped it
         switch = adapter_off(_peft_model(pl_module)) if without_adapter else nullcontext()
         scores = {}
-        with undisturbed(pl_module, pl_module.device), switch, trainer.precision_plugin.forward_context():
+        with undisturbed(model, pl_module.device), switch, trainer.precision_plugin.forward_context():
             for probe in probes:
                 own = log_likelihoods(
                     lambda batch: model(batch, with_loss=False, trim=True).logits,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-RECORDS = (CONFIG, "hparams.yaml", "metrics.jsonl", "summary.json", "events.out.tfevents.*", CHECKPOINTS)
+EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
+RECORDS = (CONFIG, "hparams.yaml", "metrics.jsonl", "summary.json", *EVENTS, "events.out.tfevents.*", CHECKPOINTS)
 
 
 def run_files(folder: Path) -> list[Path]:

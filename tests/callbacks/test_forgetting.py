@@ -24,21 +24,24 @@ from grit_lightning.callbacks import (
     SpectraLogger,
     StepTimer,
 )
+from grit_lightning.callbacks.forgetting import FILENAME
 from grit_lightning.config import GeometryConfig
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
 from grit_lightning.optimizers import EigenbasisAdam
-from grit_lightning.retention import TextData, ZeroShotTask
+from grit_lightning.retention import TextData
+from grit_lightning.run_folder import clear
 
 Factory = Callable[..., Any]
 
 TEXT = "The cat sat on the mat, and the dog ran after the cat. " * 6
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": f"Is {n} even?", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "AB"[n % 2]}
     for n in range(5)
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
+QUESTIONS[-1]["question"] = "very " * 40 + QUESTIONS[-1]["question"]  # longer than the context of 128 bytes
 FLOAT32_ROUNDING = 1e-5  # of a mean loss, between batches of different shape
 
 
@@ -368,6 +371,12 @@ def test_a_resumed_run_knows_what_was_before_and_writes_the_same(
         run("changed", resume=True, block_size=16)
 
 
+def test_a_run_that_replaces_another_replaces_its_measurements(tmp_path: Path) -> None:
+    (tmp_path / FILENAME).touch()
+    clear(tmp_path)
+    assert not (tmp_path / FILENAME).exists()
+
+
 def test_a_probe_that_comes_later_says_that_it_has_no_before(
     quick_module: Factory, loader: Factory, make_trainer: Factory, probe: Factory, tmp_path: Path
 ) -> None:
@@ -392,16 +401,6 @@ def test_blocks_longer_than_the_context_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="block_size of 256 tokens does not fit the model's context of 128"):
         make_trainer(callbacks=[probe(block_size=256)]).fit(quick_module(), loader(1))
-
-
-def test_questions_longer_than_the_context_lose_their_beginning(
-    quick_module: Factory, loader: Factory, make_trainer: Factory, probe: Factory, tmp_path: Path
-) -> None:
-    long = [row | {"question": "very " * 40 + str(row["question"])} for row in QUESTIONS]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
-    callback = probe(texts=None, zero_shot=[ZeroShotTask("arc_easy", str(tmp_path / "long.jsonl"))])
-    make_trainer(callbacks=[callback]).fit(quick_module(), loader(1))
-    assert callback.report()["forgetting"]["arc_easy"]["acc"]["delta"] is not None
 
 
 @pytest.mark.parametrize(
