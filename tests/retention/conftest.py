@@ -17,7 +17,7 @@ ARC_ROWS: list[dict[str, Any]] = [
     },
     {
         "question": "What do plants need – besides water?",
-        "choices": {"text": ["light", "salt", "rock", "sand", "tea"], "label": ["A", "B", "C", "D", "E"]},
+        "choices": {"text": ["light", "salt", "rock", "sand", "thé"], "label": ["A", "B", "C", "D", "E"]},
         "answerKey": "A",
     },
     {
