@@ -31,8 +31,10 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.backbones import load_tokenizer
+from grit_lightning.datamodules.buckets import bucketed
 from grit_lightning.datamodules.collate import Collator
 from grit_lightning.datamodules.encoding import PromptEncoder
+from grit_lightning.datamodules.evaluation_rows import EvaluationRows, EvaluationSampler
 from grit_lightning.datamodules.prompts import PromptTemplate
 from grit_lightning.datamodules.resumable import ResumableLoader, ResumableSampler
 from grit_lightning.datamodules.sources import package_folder, read_hub, read_local
@@ -48,12 +50,16 @@ Split = Literal["train", "validation", "test"]
 class TaskDataModule(LightningDataModule, ABC):
     """Rows of a task as padded batches with labels on the answer only.
 
-    Training batches hold `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; evaluation batches of tasks
-    with closed answers also `choice_ids` [B, C, K] and `target` [B]. The training order depends on seed and epoch only.
+    Training batches hold `input_ids`, `attention_mask` and `labels`, each int64 [B, T]. Evaluation batches also hold `row`
+    [B], the index of each row in `examples(split)`, or -1 for a row that only fills up the last batch of a process and is
+    not to be counted; those of tasks with closed answers `choice_ids` [B, C, K] and `target` [B] too. The order of
+    training depends on seed and epoch only. Validation and test batches hold rows of similar length.
 
     Attributes:
         tokenizer: The tokenizer, after setup.
         choices: The closed answers, in class order (of two, the second is the positive class); empty for free answers.
+        text_metrics: What generated answers are measured by: any of "rouge", "bleu", "bertscore", "exact_match" and
+            "classification".
         max_length: Upper bound on prompt plus answer, in tokens.
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows whose prompt was cut, for each split that was set up.
@@ -67,6 +73,7 @@ class TaskDataModule(LightningDataModule, ABC):
     choices: ClassVar[list[str]] = []
     default_template: ClassVar[str]
     default_max_length: ClassVar[int] = 1024
+    text_metrics: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, Callable[[Path, str], datasets.Dataset | None]]] = {}
 
     def __init__(
@@ -187,6 +194,25 @@ class TaskDataModule(LightningDataModule, ABC):
         """
         return classification_metrics(len(self.choices)) if self.choices else None
 
+    def examples(self, split: Split) -> datasets.Dataset:
+        """The encoded rows of a split that is set up; a batch's `row` counts them.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Returns:
+            Columns `input_ids` (prompt, then answer), `length`, `prompt_length` (tokens), `target` (class index; -1 for free
+            answers) and `reference` (the answer as text).
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if split not in self._encoded:
+            raise RuntimeError(
+                f"The {split} split of {self.task_name} is not set up: call setup(), or let the Trainer."
+            )
+        return self._encoded[split]
+
     # Lightning's hooks, in their order
 
     def prepare_data(self) -> None:
@@ -228,10 +254,8 @@ class TaskDataModule(LightningDataModule, ABC):
         return loader
 
     def _make_train_loader(self) -> ResumableLoader:
-        rows = self._encoded["train"]
-        replicas = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        # One process is the case of one replica. Lightning leaves any kind of DistributedSampler in place.
-        sampler = ResumableSampler(rows, **{"num_replicas": 1, "rank": 0, **replicas}, shuffle=True, seed=self.seed)
+        rows = self._encoded["train"].select_columns(["input_ids", "prompt_length"])
+        sampler = ResumableSampler(rows, shuffle=True, seed=self.seed, **self._replicas)
         return ResumableLoader(
             rows, self.batch_size, sampler=sampler, **self._loading(self._collator(evaluating=False))
         )
@@ -255,19 +279,33 @@ class TaskDataModule(LightningDataModule, ABC):
             self._make_train_loader().load_state_dict(self._resumed)  # refuses it now, before the run is touched
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches, in the order of the source."""
-        return self._evaluation_loader(self._encoded["validation"])
+        """Validation batches of rows of similar length, in an order drawn by the seed."""
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches, in the order of the source."""
-        return self._evaluation_loader(self._encoded["test"])
+        """Test batches of rows of similar length, in an order drawn by the seed."""
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test batches."""
-        return self.test_dataloader()
+        """The test rows, in the order of the source."""
+        return self._evaluation_loader("test", by_length=False)
 
-    def _evaluation_loader(self, rows: datasets.Dataset) -> DataLoader[Any]:
-        return DataLoader(rows, self.eval_batch_size, **self._loading(self._collator(evaluating=True)))
+    def _evaluation_loader(self, split: Split, by_length: bool = True) -> DataLoader[Any]:
+        rows = self._encoded[split].select_columns(["input_ids", "prompt_length", "target"])
+        lengths = self._encoded[split]["length"][:]
+        order, replicas = list(range(len(lengths))), self._replicas
+        if by_length:
+            # Batches are shuffled, so that Lightning's limit_val_batches does not take only short rows, or long ones.
+            order = bucketed(order, lengths, self.eval_batch_size * replicas["num_replicas"], len(order), self.seed)
+        loading = self._loading(self._collator(evaluating=True))
+        sampler = EvaluationSampler(order, **replicas)
+        # Keywords: Lightning makes the loader again for predictions, and would give a positional batch size twice.
+        return DataLoader(EvaluationRows(rows, lengths), batch_size=self.eval_batch_size, sampler=sampler, **loading)
+
+    @property
+    def _replicas(self) -> dict[str, Any]:
+        """Number of processes and of this one. Lightning leaves samplers that know them in place, on one process too."""
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
 
     def _loading(self, collator: Collator) -> dict[str, Any]:
         """What all loaders have in common."""

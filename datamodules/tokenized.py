@@ -19,8 +19,10 @@ from grit_lightning.datamodules.sources import quiet
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
         "prompt_length": datasets.Value("int32"),
         "target": datasets.Value("int32"),
+        "reference": datasets.Value("string"),
         "status": datasets.Value("string"),
     }
 )
@@ -54,8 +56,8 @@ class RowReader:
             row_numbers: Number of each row in the source, for messages.
 
         Returns:
-            The usable rows, with `input_ids`, `prompt_length` and `target` (class index; -1 for free answers), and how
-            many rows came through with each status.
+            The usable rows, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1 for free
+            answers) and `reference` (the answer as text), and how many rows came through with each status.
 
         Raises:
             ValueError: A row is unusable and `invalid_rows` is "error"; names row and column.
@@ -85,8 +87,10 @@ class RowReader:
         encoded = [EncodedRow([], 0, "invalid") if answer is None else next(ready) for answer in answers]
         return {
             "input_ids": [row.input_ids for row in encoded],
+            "length": [len(row.input_ids) for row in encoded],
             "prompt_length": [row.prompt_length for row in encoded],
             "target": [self.choices.index(answer) if answer in self.choices else -1 for answer in answers],
+            "reference": [answer or "" for answer in answers],
             "status": [row.status for row in encoded],
         }
 

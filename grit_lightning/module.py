@@ -35,7 +35,8 @@ class GritLitModule(AdapterState):
     A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
     nothing is learnt. `position_ids` `[B, T]` that restart at 0 say that a row packs several documents, which then do not
     attend to each other. A document's first token is never learnt, whatever its label. `choice_ids` `[B, C, K]` and
-    `target` `[B]` turn evaluation into classification over C closed answers; any other key is ignored.
+    `target` `[B]` turn evaluation into classification over C closed answers; evaluation does not count rows whose `row`
+    `[B]` is −1. Any other key is ignored.
 
     Args:
         backbone: Hub id, local folder, GGUF file, `pypi:<module>` for a model inside an installed package, or an instance.
@@ -277,13 +278,18 @@ class GritLitModule(AdapterState):
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
-        output = self(batch, trim=True)
-        weight = int(label_token_count(learnt_labels(batch)))  # the epoch's loss is the mean over label tokens
-        self.log(f"{prefix}/loss", output.loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
+        counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
+        learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED_LABEL)}
+        output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
+        weight = int(label_token_count(learnt_labels(learnt)))  # the epoch's loss is the mean over label tokens
+        loss = output.loss if weight else torch.zeros_like(output.loss)  # a mean over nothing is NaN, also times zero
+        self.log(f"{prefix}/loss", loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
         if "choice_ids" in batch and prefix in self.metrics:
             metrics = self.metrics[prefix]
             assert isinstance(metrics, MetricCollection)
-            metrics.update(choice_scores(self.peft_model, batch, output.logits).argmax(-1), batch["target"])
+            predicted = choice_scores(self.peft_model, batch, output.logits).argmax(-1)
+            if counted.any():
+                metrics.update(predicted[counted], batch["target"][counted])
             self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch["target"]))
 
     def _accepts(self, argument: str) -> bool:

@@ -61,7 +61,8 @@ def test_evaluation_batches_say_which_choice_is_right(boolq: Callable[..., BoolQ
     choices = [module.tokenizer.decode(ids[ids != -100]) for ids in batch["choice_ids"][0]]
     assert choices == [" no", " yes"]
     assert [choices[target] for target in batch["target"]] == [answer for _, answer in texts(module, batch)]
-    assert questions(module, [batch]) == [f"is {n} ice?\nAnswer:" for n in range(100, 106)]  # in the source's order
+    assert questions(module, [batch]) == [f"is {100 + n} ice?\nAnswer:" for n in batch["row"]]
+    assert sorted(batch["row"].tolist()) == list(range(6))
 
 
 def test_boolq_is_tested_on_validation(boolq: Callable[..., BoolQDataModule]) -> None:
@@ -242,7 +243,7 @@ def test_an_unusable_row_is_named_or_skipped(
     module = boolq(source=source, invalid_rows="skip")
     with pytest.warns(UserWarning, match="of 6 rows, 1 left out, with an empty field or unknown label"):
         module.setup("validate")
-    assert [q.split("?")[0] for q in questions(module, module.val_dataloader())] == [
+    assert sorted(q.split("?")[0] for q in questions(module, module.val_dataloader())) == [
         f"is {n} ice" for n in (0, 1, 2, 3, 5)
     ]
 
@@ -334,7 +335,9 @@ def test_a_task_with_free_answers_learns_text_and_its_end(
     module = SumsDataModule(tiny_tokenizer, str(tmp_path / "sums"), str(template), max_length=64)
     module.setup()
     (batch,) = module.test_dataloader()
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert texts(module, batch) == [("Add: 0+0=", " 0</s>"), ("1+1=", " 2</s>"), ("Add: 2+2=", " 4</s>")]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "row"}
+    expected = [("Add: 0+0=", " 0</s>"), ("1+1=", " 2</s>"), ("Add: 2+2=", " 4</s>")]
+    assert texts(module, batch) == [expected[row] for row in batch["row"]]
+    assert module.examples("test")["reference"][:] == ["0", "2", "4"]
     assert module.metrics() is None
     assert len(module._encoded["train"]) == 7  # one of eight is held out

@@ -67,7 +67,9 @@ def test_an_answer_without_its_placeholder_is_refused() -> None:
         PromptTemplate("{question}", answer=" {label}").check(("question",))
 
 
-@pytest.mark.parametrize("module", ["datamodules.prompts", "datamodules.collate", "datamodules.splits", "evaluation"])
+@pytest.mark.parametrize(
+    "module", ["datamodules.buckets", "datamodules.prompts", "datamodules.collate", "datamodules.splits", "evaluation"]
+)
 def test_examples_in_docstrings_hold(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"grit_lightning.{module}"))
     assert result.attempted > 0
