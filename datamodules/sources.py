@@ -64,8 +64,8 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
     return builder.as_dataset(split="train")
 
 
-def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:
-    """Reads one split of a folder or of a single file.
+def find_files(source: Path, split: str, config: str | None = None) -> list[Path]:
+    """Finds the files of one split in a folder, or takes a single file.
 
     A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
     searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file
@@ -77,11 +77,10 @@ def read_local(source: Path, split: str, config: str | None = None) -> datasets.
         config: Name of the hub configuration, such as "main" or "qnli".
 
     Returns:
-        The table, or None if the source does not hold that split.
+        The files in the order of their names; none if the source does not hold that split.
 
     Raises:
         FileNotFoundError: `source` does not exist, or is a folder without data files.
-        ValueError: As in `read_files`.
     """
     if not source.exists():
         raise FileNotFoundError(
@@ -98,7 +97,7 @@ def read_local(source: Path, split: str, config: str | None = None) -> datasets.
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen and split == "train" and len(files) == 1 and _split_of(files[0]) is None:
         chosen = files
-    return read_files(chosen) if chosen else None
+    return chosen
 
 
 def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = False) -> Any:

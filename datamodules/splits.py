@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import datasets
-import torch
+
+from grit_lightning.datamodules.orders import shuffled
 
 
 def draw(rows: int, limit: int | None, seed: int) -> list[int]:
@@ -25,27 +26,29 @@ def draw(rows: int, limit: int | None, seed: int) -> list[int]:
     """
     if limit is None or limit >= rows:
         return list(range(rows))
-    return sorted(_shuffled(rows, seed)[:limit])
+    return sorted(shuffled(rows, seed)[:limit])
 
 
-def hold_out(rows: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits row numbers into a part to train on and a part to validate on.
+def hold_out(rows: int, fraction: float, seed: int, parts: int = 1) -> list[list[int]]:
+    """Splits row numbers into a part to train on and equal parts to evaluate on.
 
     Args:
         rows: Number of rows there are.
-        fraction: Share of the second part, which gets at least one row.
+        fraction: Share of each part to evaluate on, which gets at least one row.
         seed: Determines the split, alone.
+        parts: Number of parts to evaluate on.
 
     Returns:
-        Two ascending, disjoint lists that cover all rows.
+        Ascending, disjoint lists that cover all rows: first the one to train on.
 
     Example:
-        >>> [len(part) for part in hold_out(20, 0.1, seed=0)]
-        [18, 2]
+        >>> [len(part) for part in hold_out(20, 0.1, seed=0, parts=2)]
+        [16, 2, 2]
     """
-    order = _shuffled(rows, seed)
+    order = shuffled(rows, seed)
     size = max(1, round(rows * fraction))
-    return sorted(order[size:]), sorted(order[:size])
+    held = [sorted(order[part * size : (part + 1) * size]) for part in range(parts)]
+    return [sorted(order[parts * size :]), *held]
 
 
 def select_columns(
@@ -74,8 +77,3 @@ def select_columns(
         raise ValueError(f"{where}: column {', '.join(map(repr, missing))} is missing; found {found}. {hint}")
     kept = table.select_columns(list(names.values()))
     return kept.rename_columns({name: column for column, name in names.items() if name != column})
-
-
-def _shuffled(rows: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order

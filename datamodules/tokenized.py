@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 
 from grit_lightning.datamodules.encoding import EncodedRow, PromptEncoder
 from grit_lightning.datamodules.sources import quiet
+from grit_lightning.datamodules.text import normalise
+from grit_lightning.datamodules.token_cache import content_hash, settings_hash, tokenizer_hash
+
+FORMAT = 1
+"""Version of what this module writes for the same rows and settings: raise it when that changes."""
 
 FEATURES = datasets.Features(
     {
@@ -37,6 +44,8 @@ class RowReader:
         answer: Answer of a row; raises ValueError for a row without a usable one.
         choices: Closed answers in class order; empty for free answers.
         invalid_rows: Raise an error for an unusable row, or give it the status "invalid".
+        normalise_text: Normalise all text first.
+        answer_version: Changes with what `answer` does; part of the key.
         where: What the table is, for messages.
         names: Task column → column of the source, for messages.
     """
@@ -45,41 +54,63 @@ class RowReader:
     answer: Callable[[Mapping[str, Any]], str]
     choices: Sequence[str] = ()
     invalid_rows: Literal["error", "skip"] = "error"
+    normalise_text: bool = True
+    answer_version: str = ""
     where: str = "data"
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, table: datasets.Dataset, row_numbers: Sequence[int]) -> tuple[datasets.Dataset, Counter[str]]:
-        """Encodes a table.
+    def read(self, table: datasets.Dataset, row_numbers: Sequence[int], file: Path | None = None) -> datasets.Dataset:
+        """Encodes a table, some rows at a time.
 
         Args:
             table: The task's columns.
             row_numbers: Number of each row in the source, for messages.
+            file: Where to write the result, which then appears whole or not at all; None keeps it in memory.
 
         Returns:
-            The usable rows, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1 for free
-            answers) and `reference` (the answer as text), and how many rows came through with each status.
+            One row for each row, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1 for
+            free answers), `reference` (the answer as text) and `status`. Unusable rows have no ids.
 
         Raises:
             ValueError: A row is unusable and `invalid_rows` is "error"; names row and column.
         """
         with quiet():
-            encoded = table.map(
+            return table.map(
                 lambda batch, indices: self.encode(batch, [row_numbers[index] for index in indices]),
                 batched=True,
                 with_indices=True,
                 remove_columns=table.column_names,
                 features=FEATURES,
-                keep_in_memory=True,
+                keep_in_memory=file is None,
+                cache_file_name=None if file is None else str(file),
                 load_from_cache_file=False,
-                new_fingerprint="tokenized",  # spares hashing the tokenizer: nothing is stored under it
+                new_fingerprint="tokenized",  # spares hashing the tokenizer
             )
-        statuses = list(encoded["status"])
-        usable = [i for i, status in enumerate(statuses) if status in ("whole", "truncated")]
-        return encoded.remove_columns("status").select(usable), Counter(statuses)
+
+    def key(self, table: datasets.Dataset) -> str:
+        """Hash of everything that the result of `read` depends on."""
+        encoder = self.encoder
+        template = {name: getattr(encoder.template, name) for name in encoder.template.__dataclass_fields__}
+        del template["name"]  # where it came from does not matter
+        return settings_hash(
+            {
+                "format": FORMAT,
+                "rows": content_hash(table),
+                "answer": self.answer_version,
+                "choices": list(self.choices),
+                "invalid_rows": self.invalid_rows,
+                "normalise_text": self.normalise_text,
+                "template": template,
+                "tokenizer": tokenizer_hash(encoder.tokenizer),
+                "use_chat_template": encoder.use_chat_template,
+                "append_eos": encoder.append_eos,
+                "max_length": encoder.max_length,
+            }
+        )
 
     def encode(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Encodes a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        rows = [dict(zip(batch, map(self._clean, values), strict=True)) for values in zip(*batch.values(), strict=True)]
         answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
         usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
         texts = [{column: _text(value) for column, value in row.items()} for row, _ in usable]
@@ -93,6 +124,9 @@ class RowReader:
             "reference": [answer or "" for answer in answers],
             "status": [row.status for row in encoded],
         }
+
+    def _clean(self, value: Any) -> Any:
+        return normalise(value) if self.normalise_text and isinstance(value, str) else value
 
     def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
         """Answer of a row with all columns filled but those that the template can do without; None to skip the row."""
@@ -110,6 +144,18 @@ class RowReader:
                 f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
             ) from error
         return answer
+
+
+def usable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
+    """The rows of an encoded table that have token ids, without `status`, and how many came through with each status."""
+    statuses = encoded.with_format("numpy")["status"][:]
+    kept = np.flatnonzero(np.isin(statuses, ["whole", "truncated"]))
+    counts = dict(zip(*np.unique(statuses, return_counts=True), strict=True))
+    rows = encoded.remove_columns("status")
+    return (
+        rows if len(kept) == len(statuses) else rows.select(kept),
+        Counter({str(status): int(count) for status, count in counts.items()}),
+    )
 
 
 def _text(value: Any) -> str:

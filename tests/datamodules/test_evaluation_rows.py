@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from grit_lightning import GritLitModule
 from grit_lightning.datamodules import BoolQDataModule
-from grit_lightning.datamodules.buckets import bucketed
 from grit_lightning.datamodules.evaluation_rows import EvaluationSampler
+from grit_lightning.datamodules.orders import bucketed
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 

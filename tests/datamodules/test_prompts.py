@@ -68,7 +68,16 @@ def test_an_answer_without_its_placeholder_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["datamodules.buckets", "datamodules.prompts", "datamodules.collate", "datamodules.splits", "evaluation"]
+    "module",
+    [
+        "datamodules.collate",
+        "datamodules.orders",
+        "datamodules.packing",
+        "datamodules.prompts",
+        "datamodules.splits",
+        "datamodules.text",
+        "evaluation",
+    ],
 )
 def test_examples_in_docstrings_hold(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"grit_lightning.{module}"))

