@@ -172,5 +172,7 @@ class PromptEncoder:
         return [[bos, *ids] if leads else ids for ids in self._ids(prompts)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # which a tokenizer takes for one text
+            return []
         encoded: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]

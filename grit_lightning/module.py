@@ -132,9 +132,12 @@ class GritLitModule(AdapterState):
         """Ask the data module for its task's metrics."""
         source = getattr(getattr(self.trainer, "datamodule", None), "metrics", None)
         for prefix in ("val", "test"):
-            collection = source() if source is not None else None
-            if collection is not None and prefix not in self.metrics:
-                self.metrics[prefix] = collection.clone(prefix=f"{prefix}/")
+            given = source() if source is not None else None
+            tasks = given if isinstance(given, dict) else {"": given}  # a mixture has one collection a task
+            for name, collection in tasks.items():
+                key = f"{prefix}/{name}".rstrip("/")
+                if collection is not None and key not in self.metrics:
+                    self.metrics[key] = collection.clone(prefix=f"{key}/")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the injected optimizer over the adapter, and its schedule."""
@@ -264,18 +267,23 @@ class GritLitModule(AdapterState):
             return
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and, for closed answers, the task's classification metrics."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loss and, for closed answers, the task's classification metrics; of a mixture, of the loader's task."""
+        self._evaluate(batch, self._prefix("val", dataloader_idx))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Same as validation, under `test/`."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, self._prefix("test", dataloader_idx))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Log-likelihood `[B, C]` of each closed answer, or logits `[B, T, V]` for an open task."""
         logits: Tensor = self(batch, with_loss=False).logits
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
+
+    def _prefix(self, stage: str, dataloader_idx: int) -> str:
+        """`val` or `test`, and behind it the task's name where the data are a mixture of tasks, each with its loader."""
+        tasks = list(getattr(getattr(self.trainer, "datamodule", None), "tasks", ()))
+        return f"{stage}/{tasks[dataloader_idx]}" if tasks else stage
 
     def _evaluate(self, batch: Batch, prefix: str) -> None:
         counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
@@ -283,14 +291,23 @@ class GritLitModule(AdapterState):
         output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
         weight = int(label_token_count(learnt_labels(learnt)))  # the epoch's loss is the mean over label tokens
         loss = output.loss if weight else torch.zeros_like(output.loss)  # a mean over nothing is NaN, also times zero
-        self.log(f"{prefix}/loss", loss, batch_size=weight, on_epoch=True, prog_bar=True, sync_dist=True)
+        self.log(
+            f"{prefix}/loss",
+            loss,
+            batch_size=weight,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
         if "choice_ids" in batch and prefix in self.metrics:
             metrics = self.metrics[prefix]
             assert isinstance(metrics, MetricCollection)
             predicted = choice_scores(self.peft_model, batch, output.logits).argmax(-1)
             if counted.any():
                 metrics.update(predicted[counted], batch["target"][counted])
-            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(batch["target"]))
+            count = len(batch["target"])
+            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=count, add_dataloader_idx=False)
 
     def _accepts(self, argument: str) -> bool:
         return argument in self._model_arguments

@@ -1,0 +1,28 @@
+"""Dolly: 15,011 instructions written and answered by employees of Databricks (Conover et al. 2023, CC BY-SA 3.0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grit_lightning.datamodules.base import TaskDataModule
+
+
+class DollyDataModule(TaskDataModule):
+    """Dolly for a causal language model, in the prompt of its authors.
+
+    There is only a training split, parts of which become validation and test. A context that is too long loses its end.
+    """
+
+    hub_id = "databricks/databricks-dolly-15k"
+    hub_splits = ("train",)
+    test_split = "test"
+    schema = ("instruction", "context", "response")
+    default_template = "dolly"
+    default_max_length = 2048
+    default_invalid_rows = "skip"
+    text_metrics = ("rouge", "bleu", "bertscore")
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The column `response`."""
+        return str(row["response"])

@@ -1,0 +1,29 @@
+"""QNLI: does a sentence answer a question? (Wang et al. 2019, CC BY-SA 4.0; 104,743 training, 5,463 validation rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from grit_lightning.datamodules.base import TaskDataModule
+
+
+class QNLIDataModule(TaskDataModule):
+    """QNLI for a causal language model, which answers " yes" or " no". Reported on validation; "yes" is positive."""
+
+    hub_id, hub_config = "nyu-mll/glue", "qnli"
+    schema = ("question", "sentence", "label")
+    choices: ClassVar[list[str]] = ["no", "yes"]
+    default_template = "qnli"
+    default_max_length = 512
+    text_metrics = ("classification",)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """Maps the column `label` to a choice: 0 or entailment is yes, 1 or not_entailment no."""
+        words = {"0": "yes", "entailment": "yes", "1": "no", "not_entailment": "no"}
+        value = str(row["label"]).strip().lower()
+        if value == "-1":
+            raise ValueError("label -1 marks a row of GLUE's test split, whose labels are not public")
+        if value not in words:
+            raise ValueError(f"label {row['label']!r} is none of 0/1, entailment/not_entailment")
+        return words[value]

@@ -1,0 +1,145 @@
+"""Every kind of bad input, for every task: the message names the file, the row or line, and the setting to change."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grit_lightning.datamodules import TaskDataModule
+
+TaskCase = Any  # of conftest.py
+Make = Callable[..., TaskDataModule]
+Write = Callable[[Path, list[dict[str, Any]]], Path]
+
+
+def rows_of(case: TaskCase, count: int = 8) -> list[dict[str, Any]]:
+    return [case.row(n) for n in range(count)]
+
+
+def spoilt(case: TaskCase, tmp_path: Path, write: Write, **values: Any) -> Path:
+    """Eight rows, of which the fifth has other values."""
+    rows = [{column: str(value) for column, value in row.items()} for row in rows_of(case)]
+    rows[4] |= values
+    return write(tmp_path / "train.jsonl", rows)
+
+
+@pytest.mark.parametrize("value", ["", " \n", None], ids=["empty", "blank", "null"])
+def test_an_empty_field_is_named_or_the_row_skipped_and_counted(
+    case: TaskCase, make: Make, tmp_path: Path, write_jsonl: Write, value: Any
+) -> None:
+    path = spoilt(case, tmp_path, write_jsonl, **{case.required: value})
+    settings = {"source": str(path), "holdout": 0.25}
+    with pytest.raises(
+        ValueError, match=rf"train\.jsonl\), row 5: column '{case.required}' is empty.*invalid_rows=skip"
+    ):
+        make(case, **settings, invalid_rows="error").setup()
+    module = make(case, **settings, invalid_rows="skip")
+    with pytest.warns(UserWarning, match=r"1 left out, with an empty field or unknown label") as said:
+        module.setup()
+    assert all("train.jsonl" in str(warning.message) for warning in said)
+    assert 1 in module.dropped.values()
+
+
+def test_rows_of_instructions_without_an_answer_are_skipped_by_default_and_others_are_errors(
+    cases: dict[str, TaskCase], tiny_tokenizer: Any
+) -> None:
+    found = {name: case.cls(tiny_tokenizer).invalid_rows for name, case in cases.items()}
+    assert found == {"alpaca": "skip", "dolly": "skip", "boolq": "error", "qnli": "error", "gsm8k": "error"}
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        ("boolq", {"answer": "maybe"}, r"answer 'maybe' is none of true/false, yes/no, 1/0"),
+        ("qnli", {"label": "2"}, r"label '2' is none of 0/1, entailment/not_entailment"),
+        ("qnli", {"label": "-1"}, r"label -1 marks a row of GLUE's test split, whose labels are not public"),
+        ("gsm8k", {"answer": "It is five."}, r"answer 'It is five.' has no line '#### <number>'"),
+    ],
+)
+def test_an_unknown_label_is_named_or_the_row_skipped(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write, task: str, values: Any, message: str
+) -> None:
+    path = spoilt(cases[task], tmp_path, write_jsonl, **values)
+    settings = {"source": str(path), "holdout_seed": 1, "holdout": 0.25}
+    with pytest.raises(ValueError, match=rf"train\.jsonl\), row 5: {message}.*invalid_rows=skip"):
+        make(cases[task], **settings).setup()
+    with pytest.warns(UserWarning, match="1 left out, with an empty field or unknown label"):
+        make(cases[task], **settings, invalid_rows="skip").setup()
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(
+    case: TaskCase, make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    first = case.cls.schema[0]  # question or instruction: never cut
+    path = spoilt(case, tmp_path, write_jsonl, **{first: "so " * 400})
+    module = make(case, source=str(path), holdout=0.25)
+    with pytest.warns(UserWarning, match=r"train\.jsonl.*1 left out, as prompt and answer do not fit.*max_length=640"):
+        module.setup()
+    assert 1 in module.dropped.values()
+    assert all(min(module.examples(split)["length"]) > 0 for split in ("train", "validation", "test"))
+    for batch in module.train_dataloader():
+        assert (batch["labels"] != -100).any(-1).all()
+
+
+def test_if_no_row_has_room_for_its_answer_it_is_an_error(case: TaskCase, make: Make) -> None:
+    with pytest.raises(ValueError, match=r"left out, .*max_length=9.*No row is left with an answer.*raise max_length"):
+        make(case, max_length=9).setup("fit")
+
+
+def test_a_missing_column_is_named_with_those_found(
+    case: TaskCase, make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    rows = [{("other" if column == case.required else column): v for column, v in row.items()} for row in rows_of(case)]
+    with pytest.raises(
+        ValueError, match=rf"train\.jsonl\): column '{case.required}' is missing; found \[.*'other'.*`columns`"
+    ):
+        make(case, source=str(write_jsonl(tmp_path / "train.jsonl", rows))).setup("fit")
+
+
+def test_a_wrong_delimiter_is_recognised(case: TaskCase, make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("\t".join(case.cls.schema) + "\n" + "\t".join("a" for _ in case.cls.schema) + "\n")
+    with pytest.raises(ValueError, match=r"train\.csv\): .*header is separated by '\\t': name the file .tsv"):
+        make(case, source=str(path)).setup("fit")
+
+
+def test_a_truncated_line_is_named(case: TaskCase, make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows_of(case))[:-9])
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 8: not valid JSON \(.*\), possibly truncated"):
+        make(case, source=str(path)).setup("fit")
+
+
+def test_an_unreachable_hub_says_what_to_download_and_how_to_point_at_it(case: TaskCase, make: Make) -> None:
+    # conftest sets HF_HUB_OFFLINE, so this is what a machine without network sees
+    name = re.escape(case.cls.hub_id)
+    message = rf"(?s){name} \(train\).*hf download {name} --repo-type dataset.*set `source` to it"
+    with pytest.raises(ConnectionError, match=message):
+        make(case, source=None).setup("fit")
+    with pytest.raises(ConnectionError, match=message):
+        make(case, source=None).prepare_data()
+
+
+def test_a_source_without_training_rows_is_refused(
+    case: TaskCase, make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    path = write_jsonl(tmp_path / "dev.jsonl", rows_of(case))
+    with pytest.raises(
+        FileNotFoundError, match=r"train data \(.*dev\.jsonl\): there is no such split. Change `source`"
+    ):
+        make(case, source=str(path)).setup("fit")
+
+
+def test_a_row_is_counted_in_its_source_not_in_the_draw(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    rows = rows_of(cases["gsm8k"], 40)
+    rows[30]["answer"] = "thirty-one"
+    path = write_jsonl(tmp_path / "test.jsonl", rows)
+    with pytest.raises(ValueError, match=r"row 31: answer 'thirty-one'"):
+        make(cases["gsm8k"], source=str(path), test_limit=39, seed=0).setup("test")
