@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from grit_lightning.datamodules.base import TaskDataModule
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -18,7 +20,8 @@ class GSM8KDataModule(TaskDataModule):
     Reported on test; a part of the training rows becomes validation.
 
     Args:
-        *args: As for `TaskDataModule`.
+        tokenizer: As for `TaskDataModule`.
+        source: As for `TaskDataModule`.
         calculator_annotations: Keep the calculator annotations, such as `<<48/2=24>>`, in the answers.
         **kwargs: As for `TaskDataModule`.
     """
@@ -31,9 +34,16 @@ class GSM8KDataModule(TaskDataModule):
     default_max_length = 1024
     text_metrics = ("exact_match", "rouge")
 
-    def __init__(self, *args: Any, calculator_annotations: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase,
+        source: str | None = None,
+        *,
+        calculator_annotations: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Keeps the settings."""
-        super().__init__(*args, **kwargs)
+        super().__init__(tokenizer, source, **kwargs)
         self.calculator_annotations = calculator_annotations
 
     def answer(self, row: Mapping[str, Any]) -> str:

@@ -63,9 +63,11 @@ def select_columns(
         where: What the table is, for messages.
 
     Raises:
-        ValueError: A column is missing; says which, what was found, and what to change.
+        ValueError: A column is missing, or two are one; says which, what was found, and what to change.
     """
     names = {column: columns.get(column, column) for column in schema}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{where}: two columns of the task come from one, {names}. Change `columns`.")
     found = table.column_names
     if missing := [name for name in names.values() if name not in found]:
         glued = next((delimiter for delimiter in "\t;,|" if len(found) == 1 and delimiter in found[0]), None)

@@ -1,4 +1,4 @@
-"""The command line: `grit fit|validate|test|predict`, a LightningCLI over any module, data and callbacks; `grit export`.
+"""The command line: `grit fit|validate|test|predict`, a LightningCLI; `grit export` and `grit prepare`, which need no Trainer.
 
 Settings come from, in rising order: defaults, `--config` files in the order given, the model settings inside the
 checkpoint of `--ckpt_path`, the other command-line options. A run writes into one folder, `--output`.
@@ -30,6 +30,7 @@ from grit_lightning.configs import find_config
 from grit_lightning.export import export_command
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
+from grit_lightning.prepare import prepare_command
 from grit_lightning.run_folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
 from grit_lightning.terminal import one_line_errors, silence_known_noise
 
@@ -50,6 +51,8 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors():
         if words[:1] == ["export"]:  # needs no Trainer and no data
             export_command(words[1:])
+        elif words[:1] == ["prepare"]:
+            prepare_command(words[1:])
         else:
             GritCLI(words)
 

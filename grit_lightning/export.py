@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from grit_lightning.backbones import attach_adapter, load_backbone, load_tokeniz
 from grit_lightning.checkpoints import read_checkpoint
 from grit_lightning.compaction import CompactAdapter, compact
 from grit_lightning.module import GritLitModule
+from grit_lightning.output_folder import appearing_whole, require_free_folder
 
 _MODEL_PREFIX = "model."  # GritLitModule.model
 _LOADING = ("dtype", "quantization", "revision")  # a kernel or checkpointing of activations does not matter here
@@ -60,13 +59,13 @@ def export_adapter(
         ValueError: The checkpoint cannot be read, is none of GRIT, was never trained, or its adapter cannot be compacted.
         RuntimeError: The module's model is not built yet.
     """
-    folder = _require_free(Path(output))
+    folder = require_free_folder(Path(output))
     trained = _from_module(source) if isinstance(source, GritLitModule) else _from_checkpoint(Path(source))
     adapter = compact(trained.config, trained.parameters, trained.ranks, keep_empty=keep_empty)
     backbone = _locate(trained.backbone)
     adapter.config.base_model_name_or_path = backbone.location or None
     adapter.config.revision = trained.loading.get("revision")
-    with _appearing_whole(folder) as unfinished:
+    with appearing_whole(folder) as unfinished:
         if merge:
             _write_merged(source, trained, adapter, unfinished)
         else:
@@ -210,33 +209,3 @@ def _write_tokenizer(trained: _Trained, folder: Path) -> None:
         warnings.warn(f"The merged model is written without a tokenizer: {error}", stacklevel=2)
         return
     tokenizer.save_pretrained(folder)
-
-
-# The folder.
-
-
-def _require_free(folder: Path) -> Path:
-    folder = folder.expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"The output {folder} is a file; expected a folder that --output may make.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"The output folder {folder} is not empty. Choose another --output.")
-    return folder
-
-
-@contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `folder`, missing parents included, in one rename when all went well."""
-    home = next(parent for parent in folder.parents if parent.exists())
-    new = folder.relative_to(home)
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home)
-    except OSError as error:
-        raise type(error)(
-            f"Cannot write into {home}: {error.strerror}. Choose another --output, or change its permissions."
-        ) from error
-    with scratch:
-        unfinished = Path(scratch.name) / new
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        os.replace(Path(scratch.name) / new.parts[0], home / new.parts[0])

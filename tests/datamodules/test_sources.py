@@ -199,6 +199,12 @@ def test_a_missing_column_is_named_with_those_found() -> None:
         select_columns(table, ["question", "passage"], {}, "data")
 
 
+def test_two_columns_from_one_are_refused() -> None:
+    table = datasets.Dataset.from_list([{"question": "a", "passage": "b"}])
+    with pytest.raises(ValueError, match=r"data: two columns of the task come from one, .*Change `columns`"):
+        select_columns(table, ["question", "passage"], {"question": "passage"}, "data")
+
+
 def test_a_wrong_delimiter_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("question\tpassage\tanswer\na\tb\ttrue\n")
