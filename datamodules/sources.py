@@ -100,6 +100,17 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
     return chosen
 
 
+def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:
+    """Reads one split of a folder or of a single file; None if `find_files` finds none.
+
+    Raises:
+        FileNotFoundError: As in `find_files`.
+        ValueError: As in `read_files`.
+    """
+    files = find_files(source, split, config)
+    return read_files(files) if files else None
+
+
 def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = False) -> Any:
     """Downloads one split from the hub, or reads it from the local cache.
 

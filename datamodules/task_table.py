@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import datasets
 
-from grit_lightning.datamodules.sources import find_files, package_folder, read_files, read_hub
+from grit_lightning.datamodules.sources import find_files, package_folder, read_hub, read_local
 from grit_lightning.datamodules.splits import draw, hold_out, select_columns
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class TaskTable:
         if self.source is None:
             return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
         if not self.source.startswith("pypi:"):
-            files = self._files(split)
-            return read_files(files) if files else None
+            return read_local(Path(self.source).expanduser(), split, self.hub_config)
         package = self.source.removeprefix("pypi:")
         if package not in self.packages:
             known = [f"pypi:{name}" for name in self.packages]

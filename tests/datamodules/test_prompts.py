@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from grit_lightning.datamodules import BoolQDataModule
 from grit_lightning.datamodules.prompts import TEMPLATES, PromptTemplate
+from grit_lightning.prepare import TASKS
 
-SHIPPED = {"boolq": BoolQDataModule, "boolq_instruct": BoolQDataModule}
+SHIPPED = {name + ending: task for name, task in TASKS.items() for ending in ("", "_instruct")}
 
 
 def test_every_shipped_template_names_only_columns_of_its_task() -> None:
