@@ -1,9 +1,10 @@
 """Geometry-aware LoRA (GRIT, arXiv 2601.00231) for PyTorch Lightning."""
 
 from grit_lightning.config import GeometryConfig
+from grit_lightning.generation import GenerationSettings
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.module import GritLitModule
 
 __version__ = "0.1.0"
 
-__all__ = ["GeometryConfig", "GritLitModule", "RankSpaceGeometry", "__version__"]
+__all__ = ["GenerationSettings", "GeometryConfig", "GritLitModule", "RankSpaceGeometry", "__version__"]

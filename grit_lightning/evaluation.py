@@ -70,7 +70,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
         skipped = batch["labels"].shape[1] - logits.shape[1]
         log_probabilities = logits[rows, start - 1 - skipped].float().log_softmax(-1)[:, None, None]
         return _per_token(log_probabilities.expand(-1, choice_ids.shape[1], -1, -1), choice_ids)
-    prompts, mask = _left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
+    prompts, mask = left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
     return torch.stack([_continuation_scores(model, prompts, mask, ids) for ids in choice_ids.unbind(1)], dim=1)
 
 
@@ -96,20 +96,29 @@ def classification_metrics(classes: int) -> MetricCollection:
     )
 
 
+def left_padded_prompts(input_ids: Tensor, attention_mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves prompts to the right end of their rows, whatever the padding of the batch.
+
+    Args:
+        input_ids: int64 [B, T].
+        attention_mask: [B, T].
+        start: int64 [B], the column behind each prompt's last token.
+
+    Returns:
+        Prompts [B, P] and their mask, all ending in the last column.
+    """
+    longest = int(start.max())
+    columns = start[:, None] - longest + torch.arange(longest, device=start.device)
+    inside = columns.clamp(min=0)
+    return input_ids.gather(1, inside), attention_mask.gather(1, inside) * (columns >= 0)
+
+
 def _per_token(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
     """Mean log-probability [...] of tokens [..., K] under [..., K, V]; ids of -100 do not count."""
     real = token_ids != IGNORED
     picked = log_probabilities.gather(-1, token_ids.clamp(min=0)[..., None]).squeeze(-1)
     mean = picked.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
     return mean.masked_fill(~real.any(-1), -torch.inf)
-
-
-def _left_padded_prompts(input_ids: Tensor, attention_mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [B, P] and their mask, all ending in the last column, whatever the padding of the batch."""
-    longest = int(start.max())
-    columns = start[:, None] - longest + torch.arange(longest, device=start.device)
-    inside = columns.clamp(min=0)
-    return input_ids.gather(1, inside), attention_mask.gather(1, inside) * (columns >= 0)
 
 
 def _continuation_scores(model: nn.Module, prompts: Tensor, mask: Tensor, choice: Tensor) -> Tensor:

@@ -1,0 +1,199 @@
+"""Answers of a causal language model to prompts: transformers' own decoding, the same for any batch and padding.
+
+Shapes: B rows, P tokens of the longest prompt, N ≤ max_new_tokens generated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Stage = Literal["val", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated in evaluation. A model's own generation settings (sampling, penalties) do not apply.
+
+    Attributes:
+        max_new_tokens: Tokens after which an answer is cut off.
+        do_sample: Draw tokens at random; False always takes the likeliest (greedy).
+        temperature: Divides the logits before a draw.
+        top_p: A draw takes only the likeliest tokens that have this probability together.
+        stop_strings: Texts that end an answer, and are cut off from it; the end-of-sequence tokens always do.
+        batch_size: Rows that are generated together; None for all of an evaluation batch.
+        max_rows: Generate for the first rows of a split only; None for all. Losses and closed answers are not limited.
+        stages: When: in validation (`val`), `test`, `predict`.
+        seed: Determines sampled answers, together with the rows that are generated together.
+        bertscore_encoder: Hub id or folder of the encoder of BERTScore, where a task is scored by it; None leaves
+            BERTScore out.
+        bertscore_layer: Hidden layer of that encoder; 17 is bert-score's own choice for its default, roberta-large.
+
+    Raises:
+        ValueError: If a value is out of range; the message names the field and what it accepts.
+    """
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 0.2
+    top_p: float = 0.95
+    stop_strings: tuple[str, ...] = ()
+    batch_size: int | None = None
+    max_rows: int | None = None
+    stages: tuple[Stage, ...] = ("test", "predict")
+    seed: int = 42
+    bertscore_encoder: str | None = "FacebookAI/roberta-large"
+    bertscore_layer: int = 17
+
+    def __post_init__(self) -> None:
+        """Check every field once, where it is set."""
+        self._require("max_new_tokens", self.max_new_tokens >= 1, "an integer ≥ 1")
+        self._require("temperature", self.temperature > 0, "a number > 0 (do_sample: false is greedy)")
+        self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
+        self._require("stop_strings", all(self.stop_strings), "texts that are not empty")
+        self._require("batch_size", self.batch_size is None or self.batch_size >= 1, "an integer ≥ 1 or null")
+        self._require("max_rows", self.max_rows is None or self.max_rows >= 1, "an integer ≥ 1 or null")
+        self._require("stages", set(self.stages) <= set(get_args(Stage)), f"any of {', '.join(get_args(Stage))}")
+        self._require("bertscore_layer", self.bertscore_layer >= 1, "an integer ≥ 1")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"GenerationSettings.{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+class Answer(NamedTuple):
+    """What a model said.
+
+    Attributes:
+        text: Without special tokens, surrounding white space, and the stop string.
+        finished: Whether the answer came to an end by itself, and was not cut off at `max_new_tokens`.
+    """
+
+    text: str
+    finished: bool
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Tensor,
+    mask: Tensor,
+    settings: GenerationSettings,
+    seed: int | None = None,
+) -> list[Answer]:
+    """Continues prompts. Training mode, caches and random numbers are afterwards as they were.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Its tokenizer; one without a padding token will do.
+        prompts: int64 [B, P], padded on the left with any token.
+        mask: [B, P], 1 for real tokens.
+        settings: How.
+        seed: Of the draws, instead of `settings.seed`.
+
+    Returns:
+        B answers.
+
+    Raises:
+        ValueError: A prompt is empty, or leaves no room for `max_new_tokens` in the model's context; or the tokenizer has
+            no token that ends a text.
+    """
+    check_context(model, int(mask.sum(-1).max()), settings.max_new_tokens)
+    if not bool(mask.any(-1).all()):
+        raise ValueError("A prompt without tokens cannot be continued: its template or its columns are empty.")
+    ends = _end_ids(model, tokenizer)
+    config = _decoding(settings, ends, tokenizer.pad_token_id)
+    answers: list[Answer] = []
+    with isolate_rng(), _evaluating(model):
+        torch.manual_seed(settings.seed if seed is None else seed)
+        for ids, real in zip(
+            *(part.split(settings.batch_size or len(prompts)) for part in (prompts, mask)), strict=True
+        ):
+            first = int(real.any(0).int().argmax())  # columns that are padding in all rows of this part
+            sequences = model.generate(
+                input_ids=ids[:, first:],
+                attention_mask=real[:, first:],
+                generation_config=config,
+                tokenizer=tokenizer,  # for the stop strings
+            )
+            new = sequences[:, ids.shape[1] - first :].tolist()
+            answers += [_answer(tokens, tokenizer, ends, settings.stop_strings) for tokens in new]
+    return answers
+
+
+def check_context(model: PeftModel | PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    """Checks that a prompt and its answer fit the model.
+
+    Raises:
+        ValueError: If not; names the settings to change.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and prompt_length + max_new_tokens > context:
+        raise ValueError(
+            f"A prompt of {prompt_length} tokens and generation.max_new_tokens={max_new_tokens} exceed the model's context of "
+            f"{context} tokens. Lower model.generation.max_new_tokens, or data.max_length."
+        )
+
+
+def _decoding(settings: GenerationSettings, ends: list[int], pad: int | None) -> GenerationConfig:
+    """Settings for transformers, also those that it would otherwise take from the model's own files."""
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
+    return GenerationConfig(
+        **{"temperature": 1.0, "top_p": 1.0, **sampling},
+        do_sample=settings.do_sample,
+        top_k=0 if settings.do_sample else 50,  # 50: transformers' default, about which greedy decoding does not warn
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=settings.max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+        stop_strings=list(settings.stop_strings) or None,
+        return_dict_in_generate=False,
+    )
+
+
+def _end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a text: the tokenizer's, and those of the model (chat models have several)."""
+    own = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
+    if not ends:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no eos_token, so that no answer would ever end. Set one, or set "
+            "`tokenizer` to one that has."
+        )
+    return ends
+
+
+def _answer(
+    tokens: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int], stop_strings: tuple[str, ...]
+) -> Answer:
+    length = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
+    text = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+    stops = [text.find(stop) for stop in stop_strings if stop in text]
+    if stops:
+        text = text[: min(stops)]
+    return Answer(text.strip(), length is not None or bool(stops))
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: no dropout, and no gradient checkpointing, which would switch the cache off."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
