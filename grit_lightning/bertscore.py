@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchmetrics.functional.text import bert_score
 from transformers import AutoModel, AutoTokenizer
 
@@ -21,13 +20,14 @@ class BertScorer:
     Args:
         encoder: Hub id, or a folder with config.json, *.safetensors and tokenizer files.
         layer: Hidden layer to compare, from 1.
+        device: Where it runs.
 
     Raises:
         OSError: The encoder cannot be had.
         ValueError: It has fewer layers.
     """
 
-    def __init__(self, encoder: str, layer: int) -> None:
+    def __init__(self, encoder: str, layer: int, device: torch.device) -> None:
         """Load the encoder: now, and not after hours of generating."""
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
@@ -49,36 +49,32 @@ class BertScorer:
             )
         self._model.requires_grad_(False).eval()
         self._layer = layer
+        self._device = device
         self._max_length = min(MAX_LENGTH, self._tokenizer.model_max_length)
 
-    def __call__(
-        self, outputs: Sequence[str], references: Sequence[str], device: torch.device
-    ) -> list[dict[str, float]]:
+    def __call__(self, outputs: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
         """Scores rows.
 
         Args:
             outputs: B texts.
             references: Their references.
-            device: Where the encoder runs.
 
         Returns:
             precision, recall and f1 of every row; 0 for an empty text.
         """
-        if not outputs:
-            return []
-        scores: Any = bert_score(
-            list(outputs),
-            list(references),
-            model=self._model,
-            user_tokenizer=self._tokenize,
-            num_layers=self._layer,
-            device=device,
-        )
-        columns = {name: torch.nan_to_num(scores[name].reshape(-1)).tolist() for name in ("precision", "recall", "f1")}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [self._pair(output, reference) for output, reference in zip(outputs, references, strict=True)]
 
-    def _tokenize(self, texts: list[str], *_: Any) -> dict[str, Tensor]:
-        encoded: Any = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
+    def _pair(self, output: str, reference: str) -> dict[str, float]:
+        # One pair at a time: torchmetrics (1.9) sorts outputs and references by length and restores their order with the
+        # wrong permutation, so that of three or more texts some are compared with another row's reference.
+        scores: Any = bert_score(
+            [output],
+            [reference],
+            model=self._model,
+            user_tokenizer=self._tokenizer,
+            num_layers=self._layer,
+            max_length=self._max_length,
+            truncation=True,
+            device=self._device,
         )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        return {name: float(torch.nan_to_num(scores[name])) for name in ("precision", "recall", "f1")}

@@ -27,7 +27,7 @@ Score = float | int | str | None
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 _FINAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # openai/grade-school-math, dataset.py
-_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 class TextMetric(nn.Module, ABC):
@@ -39,17 +39,24 @@ class TextMetric(nn.Module, ABC):
         self.metrics = nn.ModuleDict(metrics)
 
     @abstractmethod
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """Scores rows and counts them in, none at all included: processes update equally often.
 
         Returns:
             A dict of scores a row.
         """
 
-    def _add_means(self, rows: Sequence[Mapping[str, Score]]) -> None:
-        for name, metric in self.metrics.items():
-            assert isinstance(metric, MeanMetric)
-            metric.update(torch.tensor([float(row[name] or 0) for row in rows]))
+    def _count(self, name: str, *values: Any) -> None:
+        """Update a metric, on its device."""
+        metric = self.metrics[name]
+        assert isinstance(metric, Metric)
+        metric.update(*(value.to(metric.device) if isinstance(value, Tensor) else value for value in values))
+
+    def _count_means(self, rows: Sequence[Mapping[str, Score]]) -> None:
+        for name in self.metrics:
+            self._count(name, torch.tensor([float(row[name] or 0) for row in rows]))
 
 
 class Rouge(TextMetric):
@@ -59,13 +66,15 @@ class Rouge(TextMetric):
         """Prepare the means."""
         super().__init__(**{name: MeanMetric() for name in ROUGE})
 
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """See `TextMetric`; keys rouge1, rouge2, rougeL."""
         rows: list[dict[str, Score]] = []
         for output, reference in zip(outputs, references, strict=True):
             scores = rouge_score(output, reference, rouge_keys=ROUGE)
             rows.append({name: float(scores[f"{name}_fmeasure"]) for name in ROUGE})
-        self._add_means(rows)
+        self._count_means(rows)
         return rows
 
 
@@ -76,9 +85,11 @@ class Bleu(TextMetric):
         """Prepare the counts."""
         super().__init__(bleu=CorpusBLEU())
 
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """See `TextMetric`; no keys, BLEU belongs to a corpus."""
-        self.metrics["bleu"].update(outputs, [[reference] for reference in references])
+        self._count("bleu", outputs, [[reference] for reference in references])
         return [{} for _ in outputs]
 
 
@@ -104,14 +115,15 @@ class BertScore(TextMetric):
         super().__init__(**{f"bertscore_{name}": MeanMetric() for name in ("precision", "recall", "f1")})
         self._scorer = scorer
 
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """See `TextMetric`; keys bertscore_precision, bertscore_recall, bertscore_f1."""
-        device = next(iter(self.metrics.values())).device
         rows: list[dict[str, Score]] = [
             {f"bertscore_{name}": value for name, value in scores.items()}
-            for scores in self._scorer(outputs, references, device)
+            for scores in self._scorer(outputs, references)
         ]
-        self._add_means(rows)
+        self._count_means(rows)
         return rows
 
 
@@ -126,7 +138,9 @@ class FinalNumber(TextMetric):
         """Prepare the means."""
         super().__init__(exact_match=MeanMetric(), exact_match_flexible=MeanMetric())
 
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """See `TextMetric`; also `final_answer`, what was taken from the output, None for nothing.
 
         Raises:
@@ -142,7 +156,7 @@ class FinalNumber(TextMetric):
                 )
             exact, flexible = found == expected, last is not None and last == last_number(reference)
             rows.append({"exact_match": int(exact), "exact_match_flexible": int(flexible), "final_answer": found})
-        self._add_means(rows)
+        self._count_means(rows)
         return rows
 
 
@@ -169,15 +183,17 @@ class AnswerWord(TextMetric):
         )
         self.choices = tuple(choices)
 
-    def score(self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]) -> list[dict[str, Score]]:
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
         """See `TextMetric`; keys `answer`, the choice that was named, None for none, and `correct`, 0 or 1."""
         found = [answer_class(output, self.choices) for output in outputs]
         predicted, target = torch.tensor(found, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
-        self.metrics["unmapped"].update((predicted < 0).float())
-        self.metrics["generated_accuracy"].update((predicted == target).float())
-        for name in ("generated_precision", "generated_recall", "generated_f1"):
-            metric = self.metrics[name]
-            metric.update(self._columns(predicted).to(metric.device), self._columns(target).to(metric.device))
+        self._count("unmapped", (predicted < 0).float())
+        self._count("generated_accuracy", (predicted == target).float())
+        if found:  # these do not take nothing
+            for name in ("generated_precision", "generated_recall", "generated_f1"):
+                self._count(name, self._columns(predicted), self._columns(target))
         return [
             {"answer": self.choices[index] if index >= 0 else None, "correct": int(index == right)}
             for index, right in zip(found, targets, strict=True)
@@ -189,13 +205,16 @@ class AnswerWord(TextMetric):
         return columns[:, 1] if len(self.choices) == 2 else columns
 
 
-def text_metrics(names: Sequence[str], choices: Sequence[str], settings: GenerationSettings) -> nn.ModuleDict:
+def text_metrics(
+    names: Sequence[str], choices: Sequence[str], settings: GenerationSettings, device: torch.device
+) -> dict[str, TextMetric]:
     """Metrics by name, as a data module's `text_metrics` names them.
 
     Args:
         names: Any of rouge, bleu, bertscore, exact_match, classification.
         choices: The closed answers in class order, for classification.
         settings: Which encoder BERTScore takes.
+        device: Where that encoder runs.
 
     Raises:
         ValueError: An unknown name.
@@ -204,14 +223,14 @@ def text_metrics(names: Sequence[str], choices: Sequence[str], settings: Generat
     makers: dict[str, Callable[[], TextMetric]] = {
         "rouge": Rouge,
         "bleu": Bleu,
-        "bertscore": lambda: BertScore(BertScorer(str(settings.bertscore_encoder), settings.bertscore_layer)),
+        "bertscore": lambda: BertScore(BertScorer(str(settings.bertscore_encoder), settings.bertscore_layer, device)),
         "exact_match": FinalNumber,
         "classification": lambda: AnswerWord(choices),
     }
     if unknown := [name for name in names if name not in makers]:
         raise ValueError(f"text_metrics of the data module must be any of {', '.join(makers)}, got {unknown}.")
     wanted = [name for name in names if name != "bertscore" or settings.bertscore_encoder is not None]
-    return nn.ModuleDict({name: makers[name]() for name in wanted})
+    return {name: makers[name]() for name in wanted}
 
 
 def final_answer(text: str) -> str | None:
