@@ -3,6 +3,7 @@
 from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.forgetting import ForgettingProbe
+from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.callbacks.reprojection import Reprojection
@@ -13,6 +14,7 @@ from grit_lightning.callbacks.step_timer import StepTimer
 __all__ = [
     "AdapterCheckpoint",
     "ForgettingProbe",
+    "GenerationWriter",
     "GeometryCallback",
     "GeometryProgressBar",
     "RankAdaptation",

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
 from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.config_record import ConfigRecord
+from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.checkpoint_io import make_atomic
@@ -193,6 +194,7 @@ class GritCLI(LightningCLI):
             "evaluation_end" if self._settings.evaluate_before_fit else "fit_end"
         )
         add(RunRecord(str(self.folder), table), unless=RunRecord)
+        add(GenerationWriter(str(self.folder)), unless=GenerationWriter)
         self.config_record = ConfigRecord(None if given.fast_dev_run else self.folder / CONFIG, self.record)
         own.append(self.config_record)
         if not given.barebones:

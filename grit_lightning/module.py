@@ -21,6 +21,8 @@ from grit_lightning.backbones import attach_adapter, load_backbone
 from grit_lightning.config import GeometryConfig
 from grit_lightning.evaluation import choice_scores, position_ids
 from grit_lightning.fingerprint import backbone_fingerprint
+from grit_lightning.generation import GenerationSettings
+from grit_lightning.generation_evaluation import GenerationSteps, Record
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.optimizers import GeometryAdam
 
@@ -29,7 +31,7 @@ IGNORED_LABEL = -100
 Batch = dict[str, Tensor]
 
 
-class GritLitModule(AdapterState):
+class GritLitModule(AdapterState, GenerationSteps):
     """Fine-tunes a causal language model through a PEFT adapter whose gradients are preconditioned in rank space.
 
     A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
@@ -53,6 +55,8 @@ class GritLitModule(AdapterState):
         revision: Revision of a hub id.
         trim_logits: In training, compute logits only from the position before the batch's first label on. Saves time and
             memory where prompts are long and answers short; gradients agree to rounding, not to the bit.
+        generation: How answers are generated in test and prediction, to be scored by the data module's `text_metrics`; None
+            generates none.
 
     Raises:
         ValueError: If an argument is out of range; errors of the backbone and adapter come from `configure_model`.
@@ -72,6 +76,7 @@ class GritLitModule(AdapterState):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trim_logits: bool = False,
+        generation: GenerationSettings | None = None,
     ) -> None:
         """Remember the recipe; nothing is loaded before `configure_model`."""
         super().__init__()
@@ -93,6 +98,8 @@ class GritLitModule(AdapterState):
         self.model: PeftModel | None = None
         self.geometry: RankSpaceGeometry | None = None
         self.metrics = torch.nn.ModuleDict()
+        self.generation = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
+        self.generators = torch.nn.ModuleDict()
         self._window_micro_batches = 0
         self._window_losses: list[Tensor] = []
         self._model_arguments: frozenset[str] = frozenset()
@@ -129,7 +136,8 @@ class GritLitModule(AdapterState):
         self.model, self.geometry, self._fingerprint = model, geometry, fingerprint
 
     def setup(self, stage: str) -> None:
-        """Ask the data module for its task's metrics."""
+        """Ask the data module for its task's metrics, and for what generated answers are scored by."""
+        super().setup(stage)
         source = getattr(getattr(self.trainer, "datamodule", None), "metrics", None)
         for prefix in ("val", "test"):
             given = source() if source is not None else None
@@ -267,25 +275,34 @@ class GritLitModule(AdapterState):
             return
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and, for closed answers, the task's classification metrics; of a mixture, of the loader's task."""
-        self._evaluate(batch, self._prefix("val", dataloader_idx))
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Record]]:
+        """Loss, for closed answers the task's classification metrics, and generated answers if `generation` says so.
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        Of a mixture of tasks those of the loader's task.
+
+        Returns:
+            `generations`: the records of the answers that were generated.
+        """
+        return self._evaluate(batch, batch_idx, self._prefix("val", dataloader_idx))
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Record]]:
         """Same as validation, under `test/`."""
-        self._evaluate(batch, self._prefix("test", dataloader_idx))
+        return self._evaluate(batch, batch_idx, self._prefix("test", dataloader_idx))
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Log-likelihood `[B, C]` of each closed answer, or logits `[B, T, V]` for an open task."""
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[Record]:
+        """Records of generated answers; without `generation` the log-likelihood `[B, C]` of each closed answer, or logits."""
+        prefix = self._prefix("predict", dataloader_idx)
+        if prefix in self.generators:
+            return self.generate_records(self.peft_model, batch, batch_idx, prefix)
         logits: Tensor = self(batch, with_loss=False).logits
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
 
     def _prefix(self, stage: str, dataloader_idx: int) -> str:
-        """`val` or `test`, and behind it the task's name where the data are a mixture of tasks, each with its loader."""
+        """The stage, and behind it the task's name where the data are a mixture of tasks, each with its loader."""
         tasks = list(getattr(getattr(self.trainer, "datamodule", None), "tasks", ()))
         return f"{stage}/{tasks[dataloader_idx]}" if tasks else stage
 
-    def _evaluate(self, batch: Batch, prefix: str) -> None:
+    def _evaluate(self, batch: Batch, batch_idx: int, prefix: str) -> dict[str, list[Record]]:
         counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
         learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED_LABEL)}
         output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
@@ -308,6 +325,7 @@ class GritLitModule(AdapterState):
                 metrics.update(predicted[counted], batch["target"][counted])
             count = len(batch["target"])
             self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=count, add_dataloader_idx=False)
+        return {"generations": self.generate_records(self.peft_model, batch, batch_idx, prefix)}
 
     def _accepts(self, argument: str) -> bool:
         return argument in self._model_arguments

@@ -8,7 +8,17 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
-RECORDS = (CONFIG, "hparams.yaml", "metrics.jsonl", "summary.json", *EVENTS, "events.out.tfevents.*", CHECKPOINTS)
+ANSWERS = "generations-*.jsonl"
+RECORDS = (
+    CONFIG,
+    "hparams.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    *EVENTS,
+    ANSWERS,
+    "events.out.tfevents.*",
+    CHECKPOINTS,
+)
 
 
 def run_files(folder: Path) -> list[Path]:
