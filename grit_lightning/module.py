@@ -306,7 +306,8 @@ class GritLitModule(AdapterState, GenerationSteps):
         counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
         learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED_LABEL)}
         output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
-        weight = int(label_token_count(learnt_labels(learnt)))  # the epoch's loss is the mean over label tokens
+        # The epoch's loss is the mean over label tokens. A float: Lightning truncates the mean over processes of an integer.
+        weight: Any = float(label_token_count(learnt_labels(learnt)))
         loss = output.loss if weight else torch.zeros_like(output.loss)  # a mean over nothing is NaN, also times zero
         self.log(
             f"{prefix}/loss",
