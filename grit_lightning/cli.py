@@ -1,4 +1,6 @@
-"""The command line: `grit fit|validate|test|predict`, a LightningCLI; `grit export` and `grit prepare`, which need no Trainer.
+"""The command line: `grit fit|validate|test|predict`, a LightningCLI over any module, data and callbacks.
+
+`grit export`, `grit prepare` and `grit eval-harness` need no Trainer and have parsers of their own.
 
 Settings come from, in rising order: defaults, `--config` files in the order given, the model settings inside the
 checkpoint of `--ckpt_path`, the other command-line options. A run writes into one folder, `--output`.
@@ -29,6 +31,7 @@ from grit_lightning.checkpoint_io import make_atomic
 from grit_lightning.checkpoints import model_settings
 from grit_lightning.configs import find_config
 from grit_lightning.export import export_command
+from grit_lightning.harness import harness_command
 from grit_lightning.loggers import JSONLinesLogger
 from grit_lightning.module import GritLitModule
 from grit_lightning.prepare import prepare_command
@@ -50,10 +53,12 @@ def main(args: list[str] | None = None) -> None:
     silence_known_noise()
     words = sys.argv[1:] if args is None else args
     with one_line_errors():
-        if words[:1] == ["export"]:  # needs no Trainer and no data
+        if words[:1] == ["export"]:
             export_command(words[1:])
         elif words[:1] == ["prepare"]:
             prepare_command(words[1:])
+        elif words[:1] == ["eval-harness"]:
+            harness_command(words[1:])
         else:
             GritCLI(words)
 

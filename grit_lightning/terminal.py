@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
-USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError)
+USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, ImportError)
 
 
 def silence_known_noise() -> None:
@@ -26,8 +26,8 @@ def silence_known_noise() -> None:
 def one_line_errors() -> Iterator[None]:
     """Print an error about the user's input as one line and exit with status 1.
 
-    Such an error is a MisconfigurationException, or a ValueError, TypeError, OSError or ArithmeticError that a `raise`
-    statement of this package produced. Set GRIT_DEBUG=1 to see its traceback.
+    Such an error is a MisconfigurationException, or a ValueError, TypeError, OSError, ArithmeticError or ImportError that a
+    `raise` statement of this package produced. Set GRIT_DEBUG=1 to see its traceback.
     """
     try:
         yield
