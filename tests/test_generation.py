@@ -127,6 +127,9 @@ def test_modes_cache_and_geometry_are_as_before(
     make_tiny_llama: Callable[..., Any], lora_config: Any, random_batch: Any
 ) -> None:
     model = attach_adapter(load_backbone(make_tiny_llama(), gradient_checkpointing=True), lora_config(lora_dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)  # so that dropout would show
     geometry = RankSpaceGeometry(model, GeometryConfig())
     batch = random_batch()
     geometry.start_micro_batch(batch["attention_mask"], torch.tensor(1.0), None)
