@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from grit_lightning import GenerationSettings, GritLitModule
 from grit_lightning.callbacks import GenerationWriter
-from grit_lightning.datamodules import BoolQDataModule, TaskDataModule
+from grit_lightning.datamodules import BoolQDataModule, MixtureDataModule, TaskDataModule
 from grit_lightning.generation import generate_answers
 
 Record = dict[str, Any]
@@ -41,10 +41,10 @@ class Copies(GritLitModule):
 
     examples: ClassVar[datasets.Dataset]
 
-    def _generate(self, *arguments: Any) -> list[Record]:
+    def generate_records(self, *arguments: Any) -> list[Record]:
         for evaluation in self.generators.values():
             evaluation._answers = self._pretended  # type: ignore[assignment]
-        return super()._generate(*arguments)  # type: ignore[arg-type]
+        return super().generate_records(*arguments)  # type: ignore[arg-type]
 
     def _pretended(self, model: Any, batch: Mapping[str, torch.Tensor], seed: int) -> list[Record]:
         prompts = {tuple(row["input_ids"]): (index, row["reference"]) for index, row in enumerate(self.examples)}
@@ -226,11 +226,27 @@ def test_the_module_can_be_tested_after_it_was_validated(sums: Any, module: Any,
     assert "test/rouge1" in numbers(trainer)
 
 
+def test_a_mixture_is_evaluated_task_by_task(sums: Any, module: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """The prompts of the second task are longer by an instruction, which makes its answers others."""
+    (tmp_path / "asked.yaml").write_text('prompt: "Say: {question}\\nA:"\n')
+    templates = [str(tmp_path / f"{name}.yaml") for name in ("sums", "asked")]
+    lit, trainer = module(GenerationSettings(max_new_tokens=3, max_rows=4, stages=("val", "test"))), make_trainer()
+    tasks = [lambda _, template=template: sums(template=template) for template in templates]
+    mixture = MixtureDataModule(sums().tokenizer, tasks)
+    trainer.validate(lit, mixture, verbose=False)
+    trainer.test(lit, mixture, verbose=False)
+    assert {"test/sums/rouge1", "test/sums2/rouge1", "test/sums/bleu", "test/sums2/loss"} <= numbers(trainer).keys()
+    records = read(tmp_path / "run" / "generations-test.jsonl")
+    assert [record["task"] for record in records] == ["sums"] * 4 + ["sums2"] * 4
+    assert [record["row"] for record in records[:4]] == sorted(record["row"] for record in records[:4])
+    assert all(record["prompt"].startswith("Say: ") == (record["task"] == "sums2") for record in records)
+
+
 def test_the_longest_prompt_is_checked_before_anything_is_generated(sums: Any, module: Any, make_trainer: Any) -> None:
     lit = module(GenerationSettings(max_new_tokens=115))
     lit.configure_model()
     lit.peft_model.get_base_model().register_forward_hook(lambda *_: pytest.fail("the model was asked"))
-    lit.test_step = lambda batch, batch_idx: lit._generate(batch, batch_idx, "test")
+    lit.test_step = lambda batch, batch_idx: lit.generate_records(lit.peft_model, batch, batch_idx, "test")
     with pytest.raises(ValueError, match=r"A prompt of \d+ tokens and generation.max_new_tokens=115 exceed"):
         make_trainer().test(lit, sums(), verbose=False)
 
