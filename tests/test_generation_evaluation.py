@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,6 +145,15 @@ def test_logged_scores_are_those_of_the_records(sums: Any, module: Any, make_tra
     assert found["test/exact_match"] == pytest.approx(4 / ROWS)
     outputs, references = ([record[key] for record in records] for key in ("output", "reference"))
     assert found["test/bleu"] == pytest.approx(sacrebleu.corpus_bleu(outputs, [references]).score / 100, abs=1e-6)
+    check = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "check_generations.py"))[
+        "differences"
+    ]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"metrics": {"before": found, "after": {}}}))
+    differences = check(tmp_path / "run" / "generations-test.jsonl")
+    assert differences.keys() == {"rouge1", "rouge2", "rougeL", "exact_match", "bleu"}
+    assert max(differences.values()) < 1e-6
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"metrics": {"before": {"test/bleu": 0.0}, "after": {}}}))
+    assert check(tmp_path / "run" / "generations-test.jsonl")["bleu"] > 0.01, "the check can fail"
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

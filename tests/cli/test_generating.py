@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from grit_lightning.cli import main
+
 Grit = Callable[..., None]
 COPIED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # `trained` is a copy
 GENERATE = ("--model.generation.max_new_tokens=4", "--model.generation.stages=[test, predict]")
@@ -38,6 +40,11 @@ def test_prediction_writes_answers_and_overwriting_removes_them(grit: Grit, caps
     assert "generations-predict.jsonl" in capsys.readouterr().err
     grit("test", "--output=b", "--overwrite", *GENERATE)
     assert {path.name for path in Path("b").glob("generations-*")} == {"generations-test.jsonl"}
+
+
+def test_a_shipped_config_generates_in_its_test(tiny: list[str]) -> None:
+    main(["test", "--config=boolq", *tiny, "--output=b"])
+    assert len(read("b/generations-test.jsonl")) == 8
 
 
 def test_an_answer_beyond_the_context_is_one_line_that_names_the_settings(
