@@ -16,7 +16,7 @@ from typing import Any, Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.datamodules.sources import READERS, read_files, read_hub, read_local
+from grit_lightning.datamodules.sources import READERS, find_files, read_files, read_hub
 from grit_lightning.retention.likelihood import TokenSequence
 from grit_lightning.retention.probe import TextProbe
 
@@ -148,12 +148,12 @@ class TextData:
 
     def _table(self, path: Path) -> datasets.Dataset:
         if path.is_dir():
-            table = read_local(path, self.split, self.hub_config)
-            if table is None:
+            files = find_files(path, self.split, self.hub_config)
+            if not files:
                 raise FileNotFoundError(
                     f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file."
                 )
-            return table
+            return read_files(files)
         if path.is_file() or path.suffix in READERS:
             return read_files([path])
         return read_hub(self.source, self.hub_config, self.split, self.streaming)

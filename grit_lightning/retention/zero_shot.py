@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.datamodules.sources import read_files, read_hub, read_local
+from grit_lightning.datamodules.sources import find_files, read_files, read_hub
 from grit_lightning.retention.choices import SCHEMAS, ChoiceSchema, Question, Row
 from grit_lightning.retention.likelihood import TokenSequence
 from grit_lightning.retention.probe import Probe
@@ -143,11 +143,9 @@ class ZeroShotTask:
             table: Any = read_hub(schema.hub_id, schema.hub_config, self.split)
         elif path.suffix == ".csv" and path.is_file() and (rows := _headerless(path, schema)):
             return iter(rows)
-        elif path.is_file():
-            table = read_files([path])
+        elif files := [path] if path.is_file() else find_files(path, self.split, schema.hub_config):
+            table = read_files(files)
         else:
-            table = read_local(path, self.split, schema.hub_config)
-        if table is None:
             raise FileNotFoundError(f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file.")
         if not any(set(columns) <= set(table.column_names) for columns in schema.columns):
             wanted = " or ".join(map(str, map(list, schema.columns)))
