@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics.functional.text import bert_score
 from transformers import AutoModel, AutoTokenizer
 
@@ -67,14 +68,15 @@ class BertScorer:
     def _pair(self, output: str, reference: str) -> dict[str, float]:
         # One pair at a time: torchmetrics (1.9) sorts outputs and references by length and restores their order with the
         # wrong permutation, so that of three or more texts some are compared with another row's reference.
-        scores: Any = bert_score(
-            [output],
-            [reference],
-            model=self._model,
-            user_tokenizer=self._tokenizer,
-            num_layers=self._layer,
-            max_length=self._max_length,
-            truncation=True,
-            device=self._device,
-        )
+        with isolate_rng():  # its data loader draws a seed that nobody uses
+            scores: Any = bert_score(
+                [output],
+                [reference],
+                model=self._model,
+                user_tokenizer=self._tokenizer,
+                num_layers=self._layer,
+                max_length=self._max_length,
+                truncation=True,
+                device=self._device,
+            )
         return {name: float(torch.nan_to_num(scores[name])) for name in ("precision", "recall", "f1")}

@@ -9,7 +9,6 @@ import datasets
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -148,11 +147,10 @@ class GenerationEvaluation(nn.Module):
         positions = (seen + torch.arange(left)) * ranks + rank
         rows = batch["row"][:left].cpu()
         counted = (rows >= 0) & (positions < (limit or torch.inf))
-        with isolate_rng():  # torchmetrics' BERTScore draws, too
-            asked = {name: batch[name][:left] for name in ("input_ids", "attention_mask", "labels")}
-            answers = self._answers(model, asked, self.settings.seed + seen * ranks + rank)
-            records = [record for record, counts in zip(answers, counted.tolist(), strict=True) if counts]
-            return self._scored(records, rows[counted].tolist())
+        asked = {name: batch[name][:left] for name in ("input_ids", "attention_mask", "labels")}
+        answers = self._answers(model, asked, self.settings.seed + seen * ranks + rank)
+        records = [record for record, counts in zip(answers, counted.tolist(), strict=True) if counts]
+        return self._scored(records, rows[counted].tolist())
 
     def named_results(self) -> Iterator[tuple[str, str, Metric]]:
         """Yield what to log: the name of the score, the path of its metric below this module, and the metric."""

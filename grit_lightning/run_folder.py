@@ -8,14 +8,14 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
-ANSWERS = "generations-*.jsonl"
+EVALUATIONS = ("generations-*.jsonl", "harness-*.json")
 RECORDS = (
     CONFIG,
     "hparams.yaml",
     "metrics.jsonl",
     "summary.json",
     *EVENTS,
-    ANSWERS,
+    *EVALUATIONS,
     "events.out.tfevents.*",
     CHECKPOINTS,
 )

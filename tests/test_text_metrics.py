@@ -258,10 +258,12 @@ def test_bertscore_equals_the_paper_row_by_row(encoder_dir: Path, tiny_tokenizer
     assert list(metric.parameters()) == []
 
 
-def test_bertscore_of_an_empty_text_is_zero(encoder_dir: Path) -> None:
+def test_bertscore_of_an_empty_text_is_zero_and_scoring_draws_nothing(encoder_dir: Path) -> None:
     scorer = BertScorer(str(encoder_dir), 1, torch.device("cpu"))
     zero = {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    before = torch.get_rng_state()
     assert scorer(["", "text", ""], ["text", "", ""]) == [zero, zero, zero]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_encoder_that_cannot_be_had_says_what_to_download_and_what_to_set() -> None:
