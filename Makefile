@@ -1,6 +1,6 @@
 # make demo    fine-tunes SmolLM2-135M on BoolQ: minutes on a laptop, no account and no GPU needed
 # make test    the test suite            make lint    ruff, mypy
-# make train TASK=boolq MODEL=llama-3.2-3b SEED=42 CFG=path/or/name OUT=runs/mine     (all but TASK may be left out)
+# make train TASK=boolq MODEL=llama-3.2-3b SEED=42 CFG="paths or names" OUT=runs/mine     (all but TASK may be left out)
 # make eval TASK=boolq CKPT=runs/mine/checkpoints/last.ckpt
 # Everything runs in $(VENV), which is made on first use and again whenever pyproject.toml changes.
 
@@ -11,8 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq
 
 TASK ?= boolq
-# The paper writes MODEL=llama-3.2-3b, the config file is called boolq_llama3.2_3b.yaml: both spellings name it.
-CFG ?= $(TASK)$(if $(MODEL),_$(subst -,_,$(subst llama-,llama,$(MODEL))))
+# TASK alone is configs/TASK.yaml. MODEL=llama-3.2-3b (the paper's spelling) or llama3.2_3b lays configs/models/llama3.2_3b.yaml
+# over it, on the paper's schedule of the task for the paper's models.
+CFG ?= $(if $(filter llama%,$(MODEL)),paper/)$(TASK)$(if $(MODEL), models/$(subst -,_,$(subst llama-,llama,$(MODEL))))
+CONFIGS = $(foreach config,$(CFG),--config $(config))
 ARGS ?=
 
 .PHONY: help install demo test lint format train eval clean
@@ -54,11 +56,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 train: $(VENV)/.installed
-	$(BIN)/grit fit --config $(CFG) $(if $(SEED),--seed_everything $(SEED)) $(if $(OUT),--output $(OUT)) $(ARGS)
+	$(BIN)/grit fit $(CONFIGS) $(if $(SEED),--seed_everything $(SEED)) $(if $(OUT),--output $(OUT)) $(ARGS)
 
 eval: $(VENV)/.installed
 	@test -n "$(CKPT)" || { echo "make eval needs CKPT=path/to/checkpoint.ckpt"; exit 2; }
-	$(BIN)/grit test --config $(CFG) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
+	$(BIN)/grit test $(CONFIGS) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -24,7 +24,7 @@ from grit_lightning.fingerprint import backbone_fingerprint
 from grit_lightning.generation import GenerationSettings
 from grit_lightning.generation_evaluation import GenerationSteps, Record
 from grit_lightning.geometry import RankSpaceGeometry
-from grit_lightning.optimizers import GeometryAdam
+from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
 
 IGNORED_LABEL = -100
 
@@ -44,7 +44,8 @@ class GritLitModule(AdapterState, GenerationSteps):
         backbone: Hub id, local folder, GGUF file, `pypi:<module>` for a model inside an installed package, or an instance.
         adapter: PEFT configuration, usually a `peft.LoraConfig` (a dict from its `to_dict()` is accepted too).
         geometry: Settings of the rank-space geometry, or None to train the plain adapter.
-        optimizer: Callable from the trainable parameters to an optimizer.
+        optimizer: Callable from the trainable parameters to an optimizer. None is what was measured best
+            (docs/measurements.md): `EigenbasisAdam` with a geometry, `torch.optim.AdamW` without one.
         lr_scheduler: Callable from the optimizer to a scheduler stepped once per optimizer step, `cosine` for cosine decay
             to zero after a linear warm-up, or None for a constant rate.
         warmup_fraction: Part of all optimizer steps that the `cosine` schedule warms up for (paper: 0.05).
@@ -67,7 +68,7 @@ class GritLitModule(AdapterState, GenerationSteps):
         backbone: str | PreTrainedModel,
         adapter: PeftConfig,
         geometry: GeometryConfig | None = GeometryConfig(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | Literal["cosine"] | None = "cosine",
         warmup_fraction: float = 0.05,
         dtype: str = "auto",
@@ -149,7 +150,8 @@ class GritLitModule(AdapterState, GenerationSteps):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the injected optimizer over the adapter, and its schedule."""
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        factory = self.optimizer_factory or (AdamW if self.geometry is None else EigenbasisAdam)
+        optimizer = factory([p for p in self.parameters() if p.requires_grad])
         if isinstance(optimizer, GeometryAdam):
             if self.geometry is None:
                 raise MisconfigurationException(
