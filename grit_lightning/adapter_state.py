@@ -10,19 +10,29 @@ import torch
 from lightning.pytorch import LightningModule
 from peft import PeftConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from grit_lightning.collectives import process_count, sum_over_processes
 from grit_lightning.fingerprint import require_adapter, require_backbone
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.random_state import random_states, restore_random_state
 
 CHECKPOINT_KEY = "grit"
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+SUPPORTED = ("ddp", "grit_fsdp", "grit_fsdp2")
+"""Strategies for several processes, by their registered names."""
+WRAPPERS = (
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+)  # what sharding and compiling put into names
 
 
 class AdapterState(LightningModule):
     """The saved side of the module: trained parameters, geometry, random numbers, the accumulation window under way.
 
-    The backbone is never part of it. Subclasses set the attributes that are declared here.
+    The backbone is never part of it, and the adapter is whole on every process, so that a checkpoint is one file of one
+    form, whatever strategy and number of processes it was written under. Subclasses set the attributes declared here.
     """
 
     geometry: RankSpaceGeometry | None
@@ -32,11 +42,24 @@ class AdapterState(LightningModule):
     _window_micro_batches: int
     _window_losses: list[Tensor]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
-        """The trained parameters only: the frozen backbone is never written."""
-        trained = self._trained_names()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
+        """The trained parameters only: the frozen backbone is never written.
 
+        Raises:
+            ValueError: If one of them is not whole, so that a part would pass for all of it.
+        """
+        trained = self._trained()
+        for name, parameter in trained.items():
+            factor = ".lora_A." in name or ".lora_B." in name
+            if isinstance(parameter, DTensor) or parameter.numel() == 0 or (factor and parameter.ndim < 2):
+                raise ValueError(
+                    f"The adapter's {name} is a {type(parameter).__name__} of shape {tuple(parameter.shape)} on this process, "
+                    "a shard and not the whole. Set trainer.strategy to one that keeps the adapter whole: "
+                    f"{', '.join(SUPPORTED)}."
+                )
+        return {prefix + name: p if keep_vars else p.detach() for name, p in trained.items()}
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained parameters; the backbone keeps its own.
 
@@ -44,11 +67,12 @@ class AdapterState(LightningModule):
             ValueError: If the parameters are not exactly those of this adapter.
         """
         self._check_adapter(state_dict)
-        super().load_state_dict(state_dict, strict=False, assign=assign)
+        for name, parameter in self._trained().items():
+            parameter.copy_(state_dict[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the next step depends on beside Lightning's own, and what tells to whom all of it belongs."""
+        """Add what the next step depends on beside Lightning's own, and what tells to whom all of it belongs; a collective."""
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": CHECKPOINT_FORMAT,
             "backbone": self._fingerprint,
@@ -87,19 +111,26 @@ class AdapterState(LightningModule):
             restore_random_state(states[self.global_rank], self.device)
 
     def _window_state(self) -> dict[str, Any] | None:
-        """The accumulation window under way, with the gradients gathered in it; None between two windows."""
+        """The accumulation window under way, with the gradients gathered in it; None between two windows.
+
+        Gradients are the means over all processes, to which they add up to the same mean as those of each process would.
+        """
         if self._window_micro_batches == 0:
             return None
-        gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
+        names = [name for name, p in self._trained().items() if p.grad is not None]
+        gradients = [self._trained()[name].grad.clone() for name in names]  # type: ignore[union-attr]
+        sum_over_processes(gradients)
+        torch._foreach_div_(gradients, process_count())
         losses = [loss.cpu() for loss in self._window_losses]
-        return {"micro_batches": self._window_micro_batches, "losses": losses, "gradients": gradients}
+        means = {name: gradient.cpu() for name, gradient in zip(names, gradients, strict=True)}
+        return {"micro_batches": self._window_micro_batches, "losses": losses, "gradients": means}
 
     def _restore_window(self, window: dict[str, Any] | None) -> None:
         if window is None:
             return
         self._window_micro_batches = window["micro_batches"]
         self._window_losses = [loss.to(self.device) for loss in window["losses"]]
-        for name, parameter in self.named_parameters():
+        for name, parameter in self._trained().items():
             if name in window["gradients"]:
                 parameter.grad = window["gradients"][name].to(parameter.device)
 
@@ -113,8 +144,16 @@ class AdapterState(LightningModule):
                 "Use the backbone and adapter configuration that the checkpoint was trained with."
             )
 
-    def _trained_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """Trained parameters by the names that they have on a single process."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return {_unwrapped_name(name): parameter for name, parameter in named}
+
+
+def _unwrapped_name(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def plain(value: Any) -> Any:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
 from grit_lightning.adapters import count_trainable, find_lora_sites
 from grit_lightning.capture import RankSpaceCapture
+from grit_lightning.collectives import is_first_process, process_count, sum_over_processes
 from grit_lightning.config import GeometryConfig
 from grit_lightning.coordinates import CoordinateChange, MapsRule
 from grit_lightning.preconditioner import Preconditioner
@@ -53,7 +53,7 @@ class LayerView:
 
     @property
     def n_samples(self) -> int:
-        """Tokens that have contributed since the start."""
+        """Tokens of all processes that have contributed since the start, as of the last `reduce`; own ones since then too."""
         return int(self.group.tokens[self.index])
 
     @property
@@ -100,6 +100,7 @@ class RankSpaceGeometry:
         self._capture = RankSpaceCapture(self.groups, self.stopwatch)
         self._preconditioner = Preconditioner(config)
         self._micro_batches = 0
+        self._window_micro_batches = 0
         self._steps = 0
         self._windows_since_reduce = 0
 
@@ -176,28 +177,27 @@ class RankSpaceGeometry:
                 for tensor in group.micro.tensors():
                     tensor.masked_fill_(~finite.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
                 group.window.absorb(group.micro)
-                group.heard = [heard or called > 0 for heard, called in zip(group.heard, group.calls, strict=True)]
+                group.heard += calls
+            self._window_micro_batches += 1
 
     def discard_window(self) -> None:
         """Forget the accumulation window under way, for a step that the optimizer will skip."""
         for group in self.groups:
             group.window.clear()
+        self._window_micro_batches = 0
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum what this process has gathered over all processes, in one collective, into the running estimate.
 
-        Every process must call it at the same step. Without process group it only merges.
+        Every process must call it at the same step. Without process group it only merges. Nothing new costs nothing.
         """
         if self._windows_since_reduce == 0:
             return
-        parts = [tensor for group in self.groups for tensor in group.local.tensors()]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(flat)
-            for part, reduced in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-                part.copy_(reduced.view_as(part))
-        for group in self.groups:
+        counts = [group.counts_to_tell() for group in self.groups]
+        sum_over_processes([*(tensor for group in self.groups for tensor in group.local.tensors()), *counts])
+        for group, of_all in zip(self.groups, counts, strict=True):
+            group.take_counts(of_all)
             group.total.absorb(group.local, self.config.decay**self._windows_since_reduce)
         self._windows_since_reduce = 0
 
@@ -217,9 +217,10 @@ class RankSpaceGeometry:
             for group in self.groups:
                 group.tokens += group.window.weight.long()
                 group.local.absorb(group.window, self.config.decay)
+            self._window_micro_batches = 0
             self._windows_since_reduce += 1
             self._steps += 1
-            if not _is_distributed() or self.refresh_due:
+            if process_count() == 1 or self.refresh_due:
                 self.reduce()
             if self.refresh_due:
                 self._require_all_heard()
@@ -247,8 +248,8 @@ class RankSpaceGeometry:
         silent = [
             site.name
             for group in self.groups
-            for site, heard in zip(group.sites, group.heard, strict=True)
-            if not heard
+            for site, heard in zip(group.sites, group.heard.tolist(), strict=True)
+            if heard == 0
         ]
         if silent:
             shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
@@ -336,14 +337,30 @@ class RankSpaceGeometry:
 
     # Persistence.
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly as if never stopped, in plain types and CPU tensors."""
+        """Everything needed to go on exactly as if never stopped, in plain types and CPU tensors; a collective.
+
+        It is the state of all processes together, so that any other number of them can go on from it: finished windows are
+        reduced first, and the one under way, if there is one, is summed over processes without touching it.
+        """
+        self.reduce()
+        states = [group.state_dict() for group in self.groups]
+        if process_count() > 1 and self._window_micro_batches > 0:
+            windows = [[tensor.clone() for tensor in group.window.tensors()] for group in self.groups]
+            counts = [group.counts_to_tell() for group in self.groups]
+            told = [count.clone() for count in counts]
+            sum_over_processes([*(tensor for window in windows for tensor in window), *counts])
+            for state, window, of_all, own in zip(states, windows, counts, told, strict=True):
+                state["window"] = [tensor.cpu() for tensor in window]
+                for name, others in zip(RankGroup.SHARED_COUNTS, (of_all - own).cpu(), strict=True):
+                    state[name] += others
         return {
-            "groups": [group.state_dict() for group in self.groups],
+            "groups": states,
             "reprojection_count": self.reprojection_count,
             "micro_batches": self._micro_batches,
+            "window_micro_batches": self._window_micro_batches,
             "steps": self._steps,
-            "windows_since_reduce": self._windows_since_reduce,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -359,10 +376,13 @@ class RankSpaceGeometry:
             )
         for group, saved in zip(self.groups, state["groups"], strict=True):
             group.load_state_dict(saved)
+            if not is_first_process():
+                group.window.clear()  # it holds the sum over all processes
         self.reprojection_count = state["reprojection_count"]
         self._micro_batches = state["micro_batches"]
         self._steps = state["steps"]
-        self._windows_since_reduce = state["windows_since_reduce"]
+        self._window_micro_batches = state["window_micro_batches"]
+        self._windows_since_reduce = 0
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -371,7 +391,3 @@ class RankSpaceGeometry:
     def __iter__(self) -> Iterator[LayerView]:
         """Iterate over the layers' views."""
         return iter(self.layers.values())
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from grit_lightning.adapter_state import AdapterState, plain
 from grit_lightning.backbones import attach_adapter, load_backbone
+from grit_lightning.collectives import process_count, sum_over_processes
 from grit_lightning.config import GeometryConfig
 from grit_lightning.evaluation import choice_scores, position_ids
 from grit_lightning.fingerprint import backbone_fingerprint
@@ -230,7 +232,10 @@ class GritLitModule(AdapterState, GenerationSteps):
         return self.peft_model(**inputs, use_cache=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the label tokens; tells the geometry how to undo that mean."""
+        """Mean cross-entropy over the label tokens, 0 where there are none; tells the geometry how to undo that mean.
+
+        Several processes average their gradients, so that a micro-batch counts the same on whichever process it is.
+        """
         label_tokens = label_token_count(learnt_labels(batch))
         if self.geometry is not None:
             loss_scale = torch.full((), 1.0 / self.trainer.accumulate_grad_batches, device=self.device)
@@ -242,8 +247,9 @@ class GritLitModule(AdapterState, GenerationSteps):
                 loss_scale if self.geometry.config.regularised else None,
             )
         loss: Tensor = self(batch, trim=self.trim_logits).loss
-        self._window_losses.append(loss.detach())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        learns = label_tokens > 0
+        loss = torch.where(learns, loss, torch.zeros_like(loss))  # the mean of nothing is NaN, its gradient 0
+        self._window_losses.append(torch.stack([loss.detach().float(), learns.float()]))
         return loss
 
     def on_after_backward(self) -> None:
@@ -254,28 +260,58 @@ class GritLitModule(AdapterState, GenerationSteps):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Precondition the accumulated gradients, before clipping.
+        """Precondition the accumulated gradients, before clipping. By now all processes have the same ones.
 
         Raises:
-            FloatingPointError: If the loss of the window was not finite; weights are still those of the last step.
+            FloatingPointError: If the loss or gradient of the window was not finite; weights are still those of the last step.
+            ValueError: If no micro-batch of the window had a label token.
         """
         losses, self._window_losses = self._window_losses, []
         micro_batches, self._window_micro_batches = self._window_micro_batches, 0
-        if not bool(torch.stack(losses).isfinite().all()):
-            raise FloatingPointError(
-                f"The training loss is {[float(loss) for loss in losses]} at optimizer step {self.trainer.global_step}. "
-                "Nothing of this step was applied. Lower the learning rate, set trainer.gradient_clip_val, use bfloat16 "
-                "instead of float16, or look for rows without label tokens in the data."
-            )
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if micro_batches < self.trainer.accumulate_grad_batches:  # an epoch's last window; Lightning divided by all
             torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches / micro_batches)
+        finite = self._check_window(torch.stack(losses), gradients)
+        self._log_loss(torch.stack(losses).sum(0))
         if self.geometry is None:
             return
-        if self._scaler is not None and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        if not finite:
             self.geometry.discard_window()  # the scaler will skip this step
             return
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
+
+    def on_train_end(self) -> None:
+        """Take the last statistics of all processes together, so that the records are those of the whole run."""
+        if self.geometry is not None:
+            self.geometry.reduce()
+
+    def _check_window(self, losses: Tensor, gradients: list[Tensor]) -> bool:
+        """Return whether the gradients are finite; raise as `on_before_optimizer_step` says, alike on every process.
+
+        Losses `[M, 2]` are this process's own: of each micro-batch, and whether it had labels. Gradients are everybody's.
+        """
+        norm = torch.stack(torch._foreach_norm(gradients)).float().norm()
+        (loss, learnt), length = losses.sum(0).tolist(), float(norm)
+        step, others = self.trainer.global_step, " of all processes" if process_count() > 1 else ""
+        if not math.isfinite(loss) or not (math.isfinite(length) or self._scaler is not None):
+            what = "loss" if not math.isfinite(loss) else f"gradient{others} is not finite, the loss"
+            raise FloatingPointError(
+                f"The training {what} is {losses[:, 0].tolist()} at optimizer step {step}. Nothing of this step was applied. "
+                "Lower the learning rate, set trainer.gradient_clip_val, or use bfloat16 instead of float16."
+            )
+        if learnt == 0 and length == 0.0:
+            raise ValueError(
+                f"None of the {len(losses)} micro-batches of optimizer step {step} has a label token, so there is nothing to "
+                "learn. Look at the labels (−100 where nothing is learnt), or raise data.max_length if answers were cut off."
+            )
+        return math.isfinite(length)
+
+    def _log_loss(self, sums: Tensor) -> None:
+        """Log the window's mean loss over its micro-batches with labels, of all processes at the steps that loggers see."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        if every and (self.trainer.global_step + 1) % every == 0:
+            sum_over_processes([sums])
+        self.log("train/loss", sums[0] / sums[1].clamp(min=1), prog_bar=True, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Record]]:
         """Loss, for closed answers the task's classification metrics, and generated answers if `generation` says so.

@@ -58,8 +58,10 @@ class RankGroup:
         window: Finite micro-batches of the accumulation window under way.
         local: Finished windows of this process that have not been summed over processes yet.
         total: The running estimate, equal on all processes.
-        tokens: `[L]` int64, tokens behind `total`, never faded.
+        tokens: `[L]` int64, tokens behind `total` and `local`, never faded.
         rejected: `[L]` int64, micro-batches left out because they were not finite.
+        heard: `[L]` int64, uses of the layer that have sent statistics. This and the two counts above are of all processes
+            as of the last time that these told each other, and of this process since.
         fallbacks: `[L]` int64, gradients of A or B whose preconditioned version was not finite, so that the raw one was used.
         escalations: `[L]` int64, rungs of the damping ladder climbed at refreshes.
         ranks: `[L]` int64 on the CPU, effective rank k: the first k coordinates carry the adapter.
@@ -76,8 +78,10 @@ class RankGroup:
         ready: `[L]` bool, layers whose inverses and bases may be applied; `any_ready` whether there is one.
     """
 
+    SHARED_COUNTS = ("tokens", "rejected", "heard")
     PERSISTENT = (
-        *("tokens", "rejected", "fallbacks", "escalations", "ranks"),
+        *SHARED_COUNTS,
+        *("fallbacks", "escalations", "ranks"),
         *("a_inverse", "g_inverse", "a_basis", "g_basis", "ready", "gradient_gram"),
     )
 
@@ -89,6 +93,8 @@ class RankGroup:
         self.micro, self.window, self.local, self.total = (Statistics(layers, self.r) for _ in range(4))
         self.tokens = torch.zeros(layers, dtype=torch.int64)
         self.rejected = torch.zeros(layers, dtype=torch.int64)
+        self.heard = torch.zeros(layers, dtype=torch.int64)
+        self._told = torch.zeros(len(self.SHARED_COUNTS), layers, dtype=torch.int64)
         self.fallbacks = torch.zeros(layers, dtype=torch.int64)
         self.escalations = torch.zeros(layers, dtype=torch.int64)
         self.ranks = torch.full((layers,), self.r, dtype=torch.int64)
@@ -103,7 +109,18 @@ class RankGroup:
         self.natural = False
         self.penalty: Tensor | None = None
         self.calls = [0] * layers
-        self.heard = [False] * layers
+
+    # Counts of several processes.
+
+    def counts_to_tell(self) -> Tensor:
+        """`SHARED_COUNTS` `[3, L]` int64 of this process since the other ones have been told."""
+        return torch.stack([getattr(self, name) for name in self.SHARED_COUNTS]) - self._told
+
+    def take_counts(self, of_all: Tensor) -> None:
+        """Take what `counts_to_tell` sums to over all processes `[3, L]`."""
+        self._told = self._told + of_all
+        for name, counts in zip(self.SHARED_COUNTS, self._told.clone(), strict=True):
+            setattr(self, name, counts)
 
     # Placement and persistence.
 
@@ -119,6 +136,7 @@ class RankGroup:
         for name in self.PERSISTENT:
             if name != "ranks":
                 setattr(self, name, getattr(self, name).to(device))
+        self._told = self._told.to(device)
         self.references = {name: tensor.to(device) for name, tensor in self.references.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +147,6 @@ class RankGroup:
         names = [site.name for site in self.sites]
         return state | {
             "layers": names,
-            "heard": list(self.heard),
             "basis_version": self.basis_version,
             "references": {name: tensor.detach().cpu().clone() for name, tensor in self.references.items()},
             "natural": self.natural,
@@ -156,7 +173,7 @@ class RankGroup:
             target: Statistics = getattr(self, part)
             for tensor, value in zip(target.tensors(), state[part], strict=True):
                 tensor.copy_(value)
-        self.heard = list(state["heard"])
+        self._told = torch.stack([getattr(self, name) for name in self.SHARED_COUNTS])
         self.basis_version = state["basis_version"]
         self.references = {name: tensor.to(self.device).clone() for name, tensor in state["references"].items()}
         self.natural = state["natural"]

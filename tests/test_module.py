@@ -276,11 +276,46 @@ def test_a_non_finite_loss_stops_before_the_weights_change(
     module = make_module()
     module.configure_model()
     before = adapter_of(module)
-    batches[0]["labels"][:] = -100  # a batch without labels has no mean
+    module.model.get_base_model().lm_head.weight[7, 7] = float("nan")
     with pytest.raises(FloatingPointError, match=r"loss is \[nan\] at optimizer step 0"):
         fit(module, batches, tmp_path)
     for name, value in adapter_of(module).items():
         assert torch.equal(value, before[name])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    make_module: Callable[..., Any], batches: Batches, tmp_path: Path
+) -> None:
+    module = make_module(geometry=None)
+    module.configure_model()
+    before = adapter_of(module)
+    next(p for p in module.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite, the loss is \[\d"):
+        fit(module, batches, tmp_path)
+    for name, value in adapter_of(module).items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_step_without_any_label_token_is_refused(
+    make_module: Callable[..., Any], batches: Batches, tmp_path: Path
+) -> None:
+    batches[0]["labels"][:] = -100
+    with pytest.raises(ValueError, match=r"None of the 1 micro-batches of optimizer step 0 has a label token"):
+        fit(make_module(), batches, tmp_path)
+
+
+def test_a_micro_batch_without_label_tokens_counts_as_one_without_a_gradient(
+    make_module: Callable[..., Any], batches: Batches, tmp_path: Path
+) -> None:
+    silent = {**batches[1], "labels": torch.full_like(batches[1]["labels"], -100)}
+    module, alone = make_module(), make_module()
+    fit(module, [silent, batches[0]], tmp_path, accumulate_grad_batches=2)
+    fit(alone, [batches[0]], tmp_path)
+    for name, view in module.geometry.layers.items():
+        one = alone.geometry.layers[name]
+        assert view.n_samples == sum(int(batch["attention_mask"].sum()) for batch in (silent, batches[0]))
+        torch.testing.assert_close(view.g_cov * view.n_samples, one.g_cov * one.n_samples)
+        assert torch.all(torch.linalg.eigvalsh(view.a_cov * view.n_samples - one.a_cov * one.n_samples) > -1e-4)
 
 
 def test_a_sequence_longer_than_the_context_is_refused(

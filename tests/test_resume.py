@@ -299,7 +299,7 @@ def test_a_loader_goes_on_with_the_next_batch(workers: int) -> None:
 def test_checkpoints_hold_no_backbone_and_name_their_version(run: Callable[..., Path], make_tiny_llama: Any) -> None:
     folder = run("a", every_n_steps=100, max_steps=2)
     saved = torch.load(last(folder), weights_only=True)
-    assert saved["grit"]["format_version"] == 2
+    assert saved["grit"]["format_version"] == 3
     held = {value.data_ptr(): value.nbytes for _, value in flat(saved) if isinstance(value, Tensor)}
     frozen = {tuple(value.shape) for value in make_tiny_llama().state_dict().values()}
     assert all("lora_" in name and tuple(value.shape) not in frozen for name, value in saved["state_dict"].items())
@@ -418,7 +418,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (
             lambda path: rewrite(path, lambda saved: saved["grit"].update(format_version=1)),
             {},
-            "Expected a GRIT checkpoint of format version 2, found version 1",
+            "Expected a GRIT checkpoint of format version 3, found version 1",
         ),
         (None, {"backbone": {"num_hidden_layers": 3}}, "another backbone: num_hidden_layers 2 → 3"),
         (None, {"backbone": {"initializer_range": 0.03}}, "of this shape with other weights: 1. of 16 .* differ"),

@@ -189,7 +189,9 @@ class WatchesOverflow(Callback):
 def state_of(module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     (group,) = module.geometry.groups
     state = group.state_dict()
-    geometry = {name: value for name, value in state.items() if isinstance(value, Tensor) and name != "rejected"}
+    geometry = {
+        name: value for name, value in state.items() if isinstance(value, Tensor) and name not in ("rejected", "heard")
+    }
     for part in ("window", "local", "total"):
         geometry |= {f"{part}.{index}": tensor for index, tensor in enumerate(state[part])}
     geometry["steps"] = torch.tensor(module.geometry.state_dict()["steps"])
