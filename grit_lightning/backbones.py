@@ -20,6 +20,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -88,6 +89,39 @@ def load_backbone(
         fallback = _fast_dtype() if resolved.kind == "gguf" else "auto"
         model = _load(resolved, revision, dtype=DTYPES[dtype] or fallback, **options)
 
+    return _as_backbone(model, gradient_checkpointing)
+
+
+def empty_backbone(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    quantization: None = None,
+) -> PreTrainedModel:
+    """Builds the model that `load_backbone` would return on the meta device, without reading a weight.
+
+    Args:
+        source: As there, but no instance.
+        dtype: Of the weights.
+        gradient_checkpointing: As there.
+        attn_implementation: As there.
+        revision: As there.
+        quantization: None: quantised weights have no shape before they are read.
+    """
+    resolved = resolve_source(source)
+    _check_revision(resolved, revision)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config = _read(AutoConfig, "configuration", resolved, revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    return _as_backbone(model, gradient_checkpointing)
+
+
+def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Freezes a model, and switches off what training does not need."""
     model.requires_grad_(False)
     model.config.use_cache = False  # training never reads the cache; generate() goes by generation_config
     if gradient_checkpointing:

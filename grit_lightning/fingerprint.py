@@ -55,6 +55,8 @@ def backbone_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:  # rank zero has the values
+        return torch.zeros(VALUES_OF_EACH)
     places = torch.linspace(0, tensor.numel() - 1, VALUES_OF_EACH, dtype=torch.float64).long()
     return tensor.flatten()[places.to(tensor.device)].float().cpu()
 

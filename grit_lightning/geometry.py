@@ -94,6 +94,9 @@ class RankSpaceGeometry:
             for group in self.groups
             for index, site in enumerate(group.sites)
         }
+        if config.damping_mode == "quantization_aware":
+            for group in self.groups:
+                group.quantization_noise  # noqa: B018 (measured now: a sharded layer has no weights to look at)
         self.reprojection_count = 0
         self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)

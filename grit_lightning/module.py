@@ -27,6 +27,7 @@ from grit_lightning.generation import GenerationSettings
 from grit_lightning.generation_evaluation import GenerationSteps, Record
 from grit_lightning.geometry import RankSpaceGeometry
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
+from grit_lightning.strategies import WholeAdapterStrategy, require_supported
 
 IGNORED_LABEL = -100
 
@@ -131,15 +132,24 @@ class GritLitModule(AdapterState, GenerationSteps):
         """
         if self.model is not None:
             return
-        backbone = load_backbone(**self.loading)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        sharding = strategy if isinstance(strategy, WholeAdapterStrategy) else None
+        backbone = (load_backbone if sharding is None else sharding.load_backbone)(**self.loading)
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
         model = attach_adapter(backbone, self.adapter_config)
+        if sharding is not None:
+            fingerprint = sharding.share_adapter(model, fingerprint)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
         self._model_arguments = frozenset(inspect.signature(model.get_base_model().forward).parameters)
         self.model, self.geometry, self._fingerprint = model, geometry, fingerprint
 
     def setup(self, stage: str) -> None:
-        """Ask the data module for its task's metrics, and for what generated answers are scored by."""
+        """Check the strategy; ask the data module for its task's metrics, and for what generated answers are scored by.
+
+        Raises:
+            MisconfigurationException: If the strategy would split the adapter.
+        """
+        require_supported(self.trainer.strategy)
         super().setup(stage)
         source = getattr(getattr(self.trainer, "datamodule", None), "metrics", None)
         for prefix in ("val", "test"):

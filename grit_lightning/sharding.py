@@ -1,0 +1,94 @@
+"""Cuts the frozen backbone into shards, unit by unit, so that no process but the one that has read it ever holds it whole.
+
+A unit is one block of the network (a decoder layer), or what lies outside of all blocks. The adapter stays out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of repeated blocks of a network, whatever their class: every `ModuleList` that lies in no other one.
+
+    Lists inside a block (experts, say) are part of it. A vision tower or an encoder has a list of its own.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                yield child
+            else:
+                yield from outermost(child)
+
+    found = [blocks for blocks in outermost(model) if len(blocks) > 0]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of repeated blocks to cut into shards. Set trainer.strategy to ddp."
+        )
+    return found
+
+
+def shard_in_units(model: nn.Module, wrap: Wrap, device: torch.device, *, fill: bool) -> None:
+    """Wrap every block of a model where it stands; the caller wraps the rest, which is ready for that.
+
+    Args:
+        model: With parameters on any device; those on the meta device become real one unit at a time.
+        wrap: Shards a block, and returns what takes its place.
+        device: Where meta parameters become real.
+        fill: Give every process the values of rank zero; a collective. Needed where parameters were on the meta device.
+    """
+    lists = block_lists(model)
+    inside = {id(module) for blocks in lists for module in blocks.modules()} - {id(blocks) for blocks in lists}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    _prepare(outside, device, fill)
+    for blocks in lists:
+        for index, block in enumerate(blocks):
+            _prepare(list(block.modules()), device, fill)
+            blocks[index] = wrap(block)
+
+
+@torch.no_grad()
+def _prepare(modules: list[nn.Module], device: torch.device, fill: bool) -> None:
+    make_real(modules, device)
+    if not fill:
+        return
+    seen: set[int] = set()
+    for tensor in chain.from_iterable(_own_tensors(module) for module in modules):
+        if tensor.requires_grad or id(tensor) in seen:  # the adapter has its own way; tied weights need one only
+            continue
+        seen.add(id(tensor))
+        value = tensor.detach().to(device).contiguous()
+        dist.broadcast(value, 0)
+        tensor.data = value
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def make_real(modules: list[nn.Module], device: torch.device) -> None:
+    """Replace tensors on the meta device by uninitialised ones on `device`; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                real = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                module.register_parameter(name, real)  # type: ignore[arg-type]  # setdefault widens it
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer.is_meta:
+                persistent = name not in module._non_persistent_buffers_set
+                real = made.setdefault(id(buffer), torch.empty_like(buffer, device=device))
+                module.register_buffer(name, real, persistent)
