@@ -238,13 +238,14 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise _already_sharded()
         adapter = self._adapter()
+        offload = self.cpu_offload.offload_params and self.root_device.type != "cpu"  # else they are there already
 
         def wrap(module: nn.Module) -> nn.Module:
             return FullyShardedDataParallel(
                 module,
                 ignored_states=adapter,
                 device_id=self.root_device,
-                cpu_offload=CPUOffload(self.cpu_offload.offload_params),
+                cpu_offload=CPUOffload(offload),
                 sharding_strategy=self.sharding_strategy,
                 **{name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"},
             )
