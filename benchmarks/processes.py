@@ -172,32 +172,41 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def count(kind: str, backbone: Path) -> dict[str, Any]:
     """Collectives of two refresh periods of training, with the geometry and without."""
-    import lightning.pytorch as pl
+    with_geometry = {"kfac_update_freq": UPDATE_FREQ, "kfac_min_samples": 1}
+    found: dict[str, Any] = {"steps": 2 * UPDATE_FREQ, "plain": _counted(kind, backbone, None)}
+    found["geometry"] = _counted(kind, backbone, with_geometry)
+    if kind == "fsdp2":
+        from grit_lightning.strategies import GritFSDP2Strategy
 
-    found: dict[str, Any] = {"steps": 2 * UPDATE_FREQ}
-    for name, geometry in (
-        ("plain", None),
-        ("geometry", {"kfac_update_freq": UPDATE_FREQ, "kfac_min_samples": 1}),
-    ):
-        counter = Collectives()
+        class ShardsAdapter(GritFSDP2Strategy):
+            def _adapter(self) -> list[Any]:
+                return []  # nothing is kept whole
 
-        class OnlyTraining(pl.Callback):
-            def on_train_start(self, *args: Any, counter: Any = counter) -> None:
-                counter.__enter__()
-
-            def on_train_end(self, *args: Any, counter: Any = counter) -> None:
-                counter.__exit__(None, None, None)
-
-        module, trainer = (
-            make_module(backbone, geometry),
-            make_trainer(kind, callbacks=[OnlyTraining()], limit_val_batches=0),
-        )
-        trainer.fit(module, share(micro_batches(2 * UPDATE_FREQ * WINDOW)))
-        found[name] = {"calls": dict(counter.calls), "bytes": dict(counter.bytes)}
+        found["sharded adapter"] = _counted(kind, backbone, None, strategy=ShardsAdapter())
+    module = make_module(backbone, with_geometry)
+    module.configure_model()
     groups = module.geometry.groups
     found["floats_of_statistics"] = sum(2 * len(group.sites) * group.r**2 for group in groups)
     found["layers"] = sum(len(group.sites) for group in groups)
     return found
+
+
+def _counted(kind: str, backbone: Path, geometry: Mapping[str, Any] | None, **settings: Any) -> dict[str, Any]:
+    import lightning.pytorch as pl
+
+    counter = Collectives()
+
+    class OnlyTraining(pl.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            counter.__enter__()
+
+        def on_train_end(self, *args: Any) -> None:
+            counter.__exit__(None, None, None)
+
+    settings = {"callbacks": [OnlyTraining()], "limit_val_batches": 0, "log_every_n_steps": 1000} | settings
+    trainer = make_trainer(kind, **settings)
+    trainer.fit(make_module(backbone, geometry), share(micro_batches(2 * UPDATE_FREQ * WINDOW)))
+    return {"calls": dict(counter.calls), "bytes": dict(counter.bytes)}
 
 
 def memory(kind: str, backbone: Path) -> dict[str, float]:
@@ -206,7 +215,7 @@ def memory(kind: str, backbone: Path) -> dict[str, float]:
 
     start = _resident("VmRSS")
     module, trainer = make_module(backbone, {"kfac_update_freq": 1}), make_trainer(kind, limit_val_batches=0)
-    trainer.fit(module, share(micro_batches(2 * WINDOW)))
+    trainer.fit(module, share(micro_batches(WINDOW)))
     return {"imports": start, "training": _resident("VmRSS"), "peak": _resident("VmHWM")}
 
 
@@ -236,6 +245,9 @@ def launch(processes: int, script: Path, *words: str, timeout: int = 600) -> str
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = (
+        "131072"  # freed memory goes back at once, so that resident is what is in use
+    )
     done = subprocess.run(
         [*start, str(script), *words], capture_output=True, text=True, timeout=timeout, check=False, env=environment
     )
@@ -256,7 +268,7 @@ def largest_difference(one: Any, other: Any) -> float:
     else:
         pairs = [(one.double(), other.double())]
     scale = max(float(a.abs().max()) for a, _ in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / scale
+    return max(float((a - b).abs().max()) for a, b in pairs) / (scale or 1.0)
 
 
 def replicas_agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -306,6 +318,10 @@ def report_collectives(folder: Path) -> None:
             f"| {kind.upper()} | {steps} | {plain[0]}, {plain[1]:,} | {geometry[0] - plain[0]}, {geometry[1] - plain[1]:,} | "
             f"{bound:,} bytes a reduction, every {UPDATE_FREQ} steps |"
         )
+        if "sharded adapter" in found:
+            sharded = found["sharded adapter"]
+            calls, size = sum(sharded["calls"].values()), sum(sharded["bytes"].values())
+            print(f"| {kind.upper()}, adapter sharded too | {steps} | {calls}, {size:,} | | |")
 
 
 def report_memory(folder: Path, parameters: int) -> None:
@@ -334,7 +350,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         folder, script = Path(scratch), Path(__file__).resolve()
-        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16} if args.memory else {}
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16} if args.memory else {}
         backbone = write_backbone(folder / "backbone", **sizes)
         words = [f"--backbone={backbone}", f"--out={folder}"]
         if args.memory:

@@ -99,6 +99,7 @@ class AdapterState(LightningModule):
         if self.geometry is not None and saved["geometry"] is not None:
             self.geometry.load_state_dict(saved["geometry"])
         self._resumed = {"random": saved["random"], "window": saved["window"]}
+        _count_batches_anew(checkpoint, len(saved["random"]), process_count())
 
     def on_train_start(self) -> None:
         """On resume, put random numbers and an unfinished accumulation window back; nothing draws from here to the batch."""
@@ -148,6 +149,14 @@ class AdapterState(LightningModule):
         """Trained parameters by the names that they have on a single process."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         return {_unwrapped_name(name): parameter for name, parameter in named}
+
+
+def _count_batches_anew(checkpoint: dict[str, Any], before: int, now: int) -> None:
+    """Turn Lightning's numbers of micro-batches a process into those of another number of processes."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loops.get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("total", {}), progress.get("current", {})):
+        counts.update({name: count * before // now for name, count in counts.items()})
 
 
 def _unwrapped_name(name: str) -> str:

@@ -20,6 +20,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     ParallelStrategy,
@@ -37,6 +38,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.optim import Optimizer
+from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from grit_lightning.adapter_state import SUPPORTED
@@ -56,9 +58,10 @@ def require_supported(strategy: Strategy) -> None:
     """
     if isinstance(strategy, WholeAdapterStrategy):
         return
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or not isinstance(
-        strategy, DDPStrategy | SingleDeviceStrategy
-    ):
+    splits = isinstance(
+        strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
+    )  # the last is a DDPStrategy too
+    if splits or not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise MisconfigurationException(
             f"{type(strategy).__name__} is not supported: it may split the adapter, whose factors the geometry, checkpoints "
             f"and export need whole. Set trainer.strategy to one of {', '.join(SUPPORTED)}, or train on one device."
@@ -120,6 +123,15 @@ class WholeAdapterStrategy(ParallelStrategy):
     def _adapter(self) -> list[nn.Parameter]:
         assert self.lightning_module is not None
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
+
+    def _settle(self) -> None:
+        """Move what is neither backbone nor adapter, and say where the module is: nobody calls `to()`, which would."""
+        module = self.lightning_module
+        assert module is not None
+        module._device = self.root_device
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.to(self.root_device)
 
     # Gradients.
 
@@ -252,7 +264,7 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
 
         shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
         self._root = root = wrap(model)  # type: ignore[assignment]
-        model._device = self.root_device  # type: ignore[assignment]  # nobody calls to(), which would tell it
+        self._settle()
         return root
 
 
@@ -320,8 +332,7 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
 
         shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
         self._sharded = wrap(model)
-        assert self.model is not None
-        self.model._device = self.root_device  # type: ignore[assignment]  # nobody calls to(), which would tell it
+        self._settle()
 
     def model_to_device(self) -> None:
         """Nothing: the shards are where they belong."""

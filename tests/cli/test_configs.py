@@ -13,12 +13,13 @@ from grit_lightning.configs import find_config, shipped_configs
 
 OVERLAYS = ("ablations/fixed_rank", "ablations/no_kfac", "ablations/no_reprojection", "ablations/plain_adapter")
 PROBES = ("probes/forgetting",)
+STRATEGIES = ("strategy/ddp", "strategy/fsdp", "strategy/fsdp2")
 CONFIGS = ("boolq", "boolq_llama3.1_8b", "boolq_llama3.2_3b", "demo")
 
 
 def test_all_shipped_configs_are_known_here() -> None:
-    assert sorted(shipped_configs()) == sorted(OVERLAYS + PROBES + CONFIGS)
-    assert len(shipped_configs()) == 9
+    assert sorted(shipped_configs()) == sorted(OVERLAYS + PROBES + STRATEGIES + CONFIGS)
+    assert len(shipped_configs()) == 12
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,7 +51,18 @@ def test_probe_measures_on_top_of_any_config(
     assert ("my loss" in shown) == (not last)
 
 
-@pytest.mark.parametrize("name", OVERLAYS + PROBES + CONFIGS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_overlay_parses_on_top_of_a_task(
+    name: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are trained in tests/distributed; here every key is one that the strategy takes."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", "boolq_llama3.1_8b", "--config", name, *tiny, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["strategy"]["init_args"]["timeout"] in ("0:15:00", "15 minutes", 900.0)
+
+
+@pytest.mark.parametrize("name", OVERLAYS + PROBES + STRATEGIES + CONFIGS)
 def test_config_opens_with_what_it_is_its_command_and_an_override(name: str) -> None:
     text = shipped_configs()[name].read_text(encoding="utf-8")
     header = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))

@@ -1,0 +1,70 @@
+"""One launch of two processes for all tests of this folder, and the same runs on the process of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets pass what Lightning says about toy data."""
+    for item in items:
+        if HERE in item.path.parents:
+            for warning in (
+                "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
+                "ignore:The '.*_dataloader' does not have many workers",
+                "ignore:Checkpoint directory .* exists and is not empty",
+                "ignore:You defined a `validation_step` but have no `val_dataloader`",
+            ):
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(scope="session")
+def worker() -> ModuleType:
+    """The script of the two processes, as a module."""
+    spec = importlib.util.spec_from_file_location("distributed_worker", HERE / "worker.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with what both processes have found; see `Found` for reading it."""
+    out = tmp_path_factory.mktemp("processes")
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        backbone = worker.runs.write_backbone(out / "backbone")
+        tied = worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
+        worker.saved_and_resumed("one", backbone, out / "one-1", 1)
+        worker.runs.launch(2, HERE / "worker.py", str(backbone), str(tied), str(out))
+    yield out
+    torch.set_num_threads(threads)
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def found(results: Path) -> Callable[..., Any]:
+    """Reads the result of a run on a process: `found("train-ddp", 1)`."""
+
+    def read(name: str, rank: int = 0) -> Any:
+        return torch.load(results / f"{name}-{rank}.pt", weights_only=True)
+
+    return read

@@ -1,0 +1,147 @@
+"""What each of two processes does for the tests, in one launch: every run one after the other, results into files by rank.
+
+The helpers and the compared run are those of `benchmarks/processes.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import processes as runs  # type: ignore[import-not-found]
+
+from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
+from grit_lightning.strategies import GritFSDP2Strategy, GritFSDPStrategy
+
+RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart on their processes
+OFTEN = {"kfac_update_freq": 2, "kfac_min_samples": 1}
+ONE_EPOCH = 3 * runs.WINDOW
+KINDS = ("ddp", "fsdp", "fsdp2")
+
+
+class Unfinished(pl.Callback):
+    """Keeps what a checkpoint would hold in the middle of the second accumulation window."""
+
+    state: dict[str, Any] | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 1 and self.state is None and pl_module._window_micro_batches == self.half(trainer):
+            self.state = {"geometry": pl_module.geometry.state_dict(), "window": pl_module._window_state()}
+
+    @staticmethod
+    def half(trainer: Any) -> int:
+        return int(trainer.accumulate_grad_batches) // 2
+
+
+def saved_and_resumed(kind: str, backbone: Path, folder: Path, epochs: int, resume: Path | None = None) -> Path:
+    """Train until so many epochs of three steps are over, from a checkpoint if there is one; return the last checkpoint."""
+    pl.seed_everything(7, verbose=False)
+    callbacks = [
+        Reprojection("balanced", every_n_steps=4),
+        RankAdaptation(every_n_steps=4, threshold=0.9, min_rank=1),
+        AdapterCheckpoint(folder, every_n_steps=100),
+    ]
+    module = runs.make_module(backbone, OFTEN)
+    trainer = runs.make_trainer(kind, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=True)
+    trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)), ckpt_path=resume, weights_only=True)
+    return folder / "last.ckpt"
+
+
+def window(kind: str, backbone: Path) -> dict[str, Any]:
+    """The state in the middle of a window, and where each process's own statistics would have been."""
+    keep = Unfinished()
+    pl.seed_everything(7, verbose=False)
+    module = runs.make_module(backbone, RARE)
+    runs.make_trainer(kind, callbacks=[keep]).fit(module, runs.share(runs.micro_batches(2 * runs.WINDOW)))
+    assert keep.state is not None
+    return keep.state
+
+
+def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings: Any) -> dict[str, Any]:
+    """Three steps; the adapter, a covariance, and how many backbone parameters this process holds."""
+    pl.seed_everything(7 + int(os.environ.get("RANK", "0")), verbose=False)  # the adapter must come from rank zero
+    module = runs.make_module(backbone, OFTEN, **settings)
+    trainer = runs.make_trainer("one", strategy=strategy, precision=precision)
+    trainer.validate(module, runs.share(runs.micro_batches(4, seed=1)), verbose=False)
+    trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in frozen)
+    dtypes = {str(tensor.dtype) for group in module.geometry.groups for tensor in group.total.tensors()}
+    return {
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "Σ_a": {name: view.a_cov.clone() for name, view in module.geometry.layers.items()},
+        "Σ_g": {name: view.g_cov.clone() for name, view in module.geometry.layers.items()},
+        "tokens": {name: view.n_samples for name, view in module.geometry.layers.items()},
+        "ranks": module.geometry.ranks,
+        "held": held,
+        "dtypes": sorted(dtypes),
+    }
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "tied": ({}, {}, "tied"),
+    "nf4, recomputed": ({}, {"quantization": "nf4", "gradient_checkpointing": True}, "backbone"),
+    "bf16-mixed, offloaded": ({"cpu_offload": True}, {"precision": "bf16-mixed"}, "backbone"),
+    "each reads": ({"load_on_rank_zero": False}, {}, "backbone"),
+}
+"""By name: arguments of the strategy, of the module (and the precision), and which backbone."""
+STRATEGIES = {"fsdp": GritFSDPStrategy, "fsdp2": GritFSDP2Strategy}
+
+
+def broken(backbone: Path) -> dict[str, str]:
+    """What each process says when something is wrong on rank one only."""
+
+    class Poison(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 1:
+                with torch.no_grad():
+                    pl_module.model.get_base_model().lm_head.weight[5] = float("nan")
+
+    module = runs.make_module(backbone, OFTEN)
+    said = ""
+    try:
+        runs.make_trainer("ddp", callbacks=[Poison()]).fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
+    except FloatingPointError as error:
+        said = str(error)
+    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    return {"said": said, "weights": "finite" if finite else "broken"}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    backbone, tied, out = (Path(word) for word in sys.argv[1:4])
+    rank = os.environ["RANK"]
+    folders = {"backbone": backbone, "tied": tied}
+
+    def keep(name: str, job: Callable[[], Any]) -> None:
+        torch.save(job(), out / f"{name}-{rank}.pt")
+
+    for kind in KINDS:
+        keep(f"train-{kind}", lambda kind=kind: runs.train(kind, backbone))  # type: ignore[misc]
+        keep(f"count-{kind}", lambda kind=kind: runs.count(kind, backbone))  # type: ignore[misc]
+        two = saved_and_resumed(kind, backbone, out / f"{kind}-2", 2, resume=out / "one-1" / "last.ckpt")
+        assert two.parent.is_dir()
+    keep("window", lambda: window("ddp", backbone))
+    whole = saved_and_resumed("ddp", backbone, out / "whole", 3)
+    saved_and_resumed("fsdp", backbone, out / "begun", 1)
+    saved_and_resumed("fsdp", backbone, out / "begun", 3, resume=out / "begun" / "last.ckpt")
+    assert whole.exists()
+    for kind, strategy in STRATEGIES.items():
+        for name, (options, settings, folder) in VARIANTS.items():
+            keep(f"{name}-{kind}", lambda: brief(strategy(**options), folders[folder], **settings))  # noqa: B023
+    keep("broken", lambda: broken(backbone))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
