@@ -156,7 +156,9 @@ def _count_batches_anew(checkpoint: dict[str, Any], before: int, now: int) -> No
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = loops.get("epoch_loop.batch_progress", {})
     for counts in (progress.get("total", {}), progress.get("current", {})):
-        counts.update({name: count * before // now for name, count in counts.items()})
+        if counts:  # the differences between them say where in a micro-batch the run is
+            shift = counts["ready"] * before // now - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
 
 
 def _unwrapped_name(name: str) -> str:
