@@ -356,8 +356,8 @@ def main() -> int:
         if args.memory:
             for kind in list(KINDS)[1:]:
                 launch(2, script, f"--kinds={kind}", "--jobs=memory", *words)
-            index = json.loads((backbone / "config.json").read_text())
-            report_memory(folder, _parameters(index))
+            config = json.loads((backbone / "config.json").read_text())
+            report_memory(folder, _parameters(config))
             return 0
         launch(1, script, "--kinds=one", "--jobs=train", *words)
         launch(2, script, "--kinds=ddp,fsdp,fsdp2", "--jobs=train,count", *words)

@@ -37,6 +37,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedModel
@@ -58,9 +59,8 @@ def require_supported(strategy: Strategy) -> None:
     """
     if isinstance(strategy, WholeAdapterStrategy):
         return
-    splits = isinstance(
-        strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
-    )  # the last is a DDPStrategy too
+    # DeepSpeedStrategy is a DDPStrategy by inheritance only
+    splits = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
     if splits or not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise MisconfigurationException(
             f"{type(strategy).__name__} is not supported: it may split the adapter, whose factors the geometry, checkpoints "
@@ -75,6 +75,7 @@ class WholeAdapterStrategy(ParallelStrategy):
     averaged gradients are equal everywhere.
     """
 
+    load_on_rank_zero = True
     _blocks_sync = False
     _filled_by_first = False
 
@@ -86,7 +87,7 @@ class WholeAdapterStrategy(ParallelStrategy):
         A model in memory, and one that is quantised while it is read, is loaded by every process for itself.
 
         Args:
-            loading: Arguments of `backbones.load_backbone`.
+            **loading: Arguments of `backbones.load_backbone`.
         """
         shared = self.load_on_rank_zero and self.world_size > 1
         if not shared or isinstance(loading["source"], PreTrainedModel) or loading.get("quantization") is not None:
@@ -113,22 +114,15 @@ class WholeAdapterStrategy(ParallelStrategy):
         shared: dict[str, Any] = self.broadcast(fingerprint)
         return shared
 
-    @property
-    def load_on_rank_zero(self) -> bool:
-        """Whether only rank zero reads the backbone."""
-        return self._load_on_rank_zero
-
-    _load_on_rank_zero: bool
-
     def _adapter(self) -> list[nn.Parameter]:
         assert self.lightning_module is not None
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
 
     def _settle(self) -> None:
         """Move what is neither backbone nor adapter, and say where the module is: nobody calls `to()`, which would."""
-        module = self.lightning_module
-        assert module is not None
+        module: Any = self.lightning_module
         module._device = self.root_device
+        module.peft_model.get_input_embeddings().register_forward_pre_hook(_require_gathered)
         for metric in module.modules():
             if isinstance(metric, Metric):
                 metric.to(self.root_device)
@@ -240,7 +234,7 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
             sharding_strategy=sharding_strategy,
             device_mesh=device_mesh,
         )
-        self._load_on_rank_zero = load_on_rank_zero
+        self.load_on_rank_zero = load_on_rank_zero
         self._root: FullyShardedDataParallel | None = None
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -305,7 +299,7 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
             timeout=timeout,
         )
         self.cpu_offload = cpu_offload
-        self._load_on_rank_zero = load_on_rank_zero
+        self.load_on_rank_zero = load_on_rank_zero
         self._sharded: nn.Module | None = None
 
     def setup_environment(self) -> None:
@@ -336,6 +330,16 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """Nothing: the shards are where they belong."""
+
+
+def _require_gathered(embedding: nn.Module, args: Any) -> None:
+    """Refuse a forward pass that finds a shard where the embedding should be."""
+    weight = embedding.weight
+    if isinstance(weight, DTensor) or weight.ndim != 2:
+        raise RuntimeError(
+            "The model was called outside of a training or evaluation step, where its embedding and head are not gathered. "
+            "Call the LightningModule's steps, leave out what calls the model itself, or set trainer.strategy to ddp."
+        )
 
 
 def _already_sharded() -> MisconfigurationException:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 
@@ -45,15 +46,18 @@ def worker() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder with what both processes have found; see `Found` for reading it."""
-    out = tmp_path_factory.mktemp("processes")
+    """Folder with what both processes have found; `found` reads it. Workers of pytest-xdist share one launch."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    out = tmp_path_factory.getbasetemp().parent / "processes" if parallel else tmp_path_factory.mktemp("processes")
     before, threads = dict(os.environ), torch.get_num_threads()
     torch.set_num_threads(1)
-    with contextlib.redirect_stderr(io.StringIO()):
-        backbone = worker.runs.write_backbone(out / "backbone")
-        tied = worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
-        worker.saved_and_resumed("one", backbone, out / "one-1", 1)
-        worker.runs.launch(2, HERE / "worker.py", str(backbone), str(tied), str(out))
+    with FileLock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
+        if not (out / "done").exists():
+            backbone = worker.runs.write_backbone(out / "backbone")
+            tied = worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
+            worker.saved_and_resumed("one", backbone, out / "one-1", 1)
+            worker.runs.launch(2, HERE / "worker.py", str(backbone), str(tied), str(out))
+            (out / "done").touch()
     yield out
     torch.set_num_threads(threads)
     for name in set(os.environ) - set(before):

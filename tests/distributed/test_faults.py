@@ -14,7 +14,7 @@ from grit_lightning.checkpoints import read_checkpoint
 from grit_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 240  # seconds; a hang would last for the timeout of the process group, 900
+PATIENCE = 480  # seconds; a hang would last for the timeout of the process group, 900
 OVERLAYS = {"ddp": ["--config=strategy/ddp"], "fsdp": ["--config=strategy/fsdp"]}
 
 

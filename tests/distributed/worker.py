@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import processes as runs  # type: ignore[import-not-found]
 
+from grit_lightning import strategies
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
+from grit_lightning.collectives import average_gradients, copy_from_first_process, sum_over_processes
 from grit_lightning.strategies import GritFSDP2Strategy, GritFSDPStrategy
 
 RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart on their processes
@@ -71,8 +74,14 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
     pl.seed_everything(7 + int(os.environ.get("RANK", "0")), verbose=False)  # the adapter must come from rank zero
     module = runs.make_module(backbone, OFTEN, **settings)
     trainer = runs.make_trainer("one", strategy=strategy, precision=precision)
-    trainer.validate(module, runs.share(runs.micro_batches(4, seed=1)), verbose=False)
+    with mock.patch.object(strategies, "load_backbone", wraps=strategies.load_backbone) as read:
+        trainer.validate(module, runs.share(runs.micro_batches(4, seed=1)), verbose=False)
     trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
+    try:
+        module.model.get_base_model()(**runs.micro_batches(1)[0])
+        outside = ""
+    except RuntimeError as error:
+        outside = str(error)
     frozen = [p for p in module.parameters() if not p.requires_grad]
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in frozen)
     dtypes = {str(tensor.dtype) for group in module.geometry.groups for tensor in group.total.tensors()}
@@ -83,6 +92,8 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
         "tokens": {name: view.n_samples for name, view in module.geometry.layers.items()},
         "ranks": module.geometry.ranks,
         "held": held,
+        "read": read.call_count,
+        "outside": outside,
         "dtypes": sorted(dtypes),
     }
 
@@ -116,6 +127,21 @@ def broken(backbone: Path) -> dict[str, str]:
     return {"said": said, "weights": "finite" if finite else "broken"}
 
 
+def collectives() -> dict[str, Any]:
+    """Our collectives on values that differ between processes; one parameter is used on rank one only, one nowhere."""
+    rank = dist.get_rank()
+    shared, once, never = (torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1))
+    shared.grad = torch.full((2,), rank + 1.0)
+    once.grad = torch.full((3,), 6.0) if rank == 1 else None
+    average_gradients([shared, once, never])
+    value, counts = torch.full((2,), 0.5 + rank), torch.tensor([2**34 + 1 + rank, 4095 + rank])
+    sum_over_processes([value, counts])
+    copied = torch.full((2,), float(rank + 7))
+    copy_from_first_process([copied])
+    gradients = [shared.grad, once.grad, never.grad]
+    return {"gradients": gradients, "sum": value, "counts": counts, "copied": copied}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     backbone, tied, out = (Path(word) for word in sys.argv[1:4])
@@ -130,6 +156,7 @@ def main() -> None:
         keep(f"count-{kind}", lambda kind=kind: runs.count(kind, backbone))  # type: ignore[misc]
         two = saved_and_resumed(kind, backbone, out / f"{kind}-2", 2, resume=out / "one-1" / "last.ckpt")
         assert two.parent.is_dir()
+    keep("collectives", collectives)
     keep("window", lambda: window("ddp", backbone))
     whole = saved_and_resumed("ddp", backbone, out / "whole", 3)
     saved_and_resumed("fsdp", backbone, out / "begun", 1)
