@@ -21,17 +21,14 @@ from grit_lightning.adapter_state import AdapterState, plain
 from grit_lightning.backbones import attach_adapter, load_backbone
 from grit_lightning.collectives import process_count, sum_over_processes
 from grit_lightning.config import GeometryConfig
-from grit_lightning.evaluation import choice_scores, position_ids
+from grit_lightning.evaluation import IGNORED, choice_scores, position_ids
 from grit_lightning.fingerprint import backbone_fingerprint
 from grit_lightning.generation import GenerationSettings
 from grit_lightning.generation_evaluation import GenerationSteps, Record
 from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.labels import Batch, label_token_count, learnt_labels, packed_positions, trimmed_labels
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
 from grit_lightning.strategies import WholeAdapterStrategy, require_supported
-
-IGNORED_LABEL = -100
-
-Batch = dict[str, Tensor]
 
 
 class GritLitModule(AdapterState, GenerationSteps):
@@ -352,7 +349,7 @@ class GritLitModule(AdapterState, GenerationSteps):
 
     def _evaluate(self, batch: Batch, batch_idx: int, prefix: str) -> dict[str, list[Record]]:
         counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
-        learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED_LABEL)}
+        learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED)}
         output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
         # The epoch's loss is the mean over label tokens. A float: Lightning truncates the mean over processes of an integer.
         weight: Any = float(label_token_count(learnt_labels(learnt)))
@@ -405,30 +402,6 @@ class GritLitModule(AdapterState, GenerationSteps):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
 
-def packed_positions(batch: Batch) -> Tensor:
-    """The batch's own `position_ids` `[B, T]`, with T − 1 on padding, so that no real token goes on from there."""
-    positions = batch["position_ids"]
-    return positions.masked_fill(batch["attention_mask"] == 0, positions.shape[1] - 1)
-
-
-def learnt_labels(batch: Batch) -> Tensor:
-    """The batch's labels `[B, T]` but for documents' first tokens: before them is padding, another document, or nothing."""
-    first = batch.get("position_ids", position_ids(batch["attention_mask"])) == 0
-    first[:, 1:] |= batch["attention_mask"][:, :-1] == 0
-    return batch["labels"].masked_fill(first, IGNORED_LABEL)
-
-
-def trimmed_labels(labels: Tensor) -> Tensor:
-    """Cut `[B, T]` labels to the last T' columns, which start one position before the first label of any row."""
-    first = int((labels != IGNORED_LABEL).int().argmax(-1).min())
-    return labels[:, max(first - 1, 0) :]
-
-
 def _unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside Lightning's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def label_token_count(labels: Tensor) -> Tensor:
-    """Number of tokens `[B, T]` that the causal loss is averaged over: labels that have a token before them."""
-    return (labels[:, 1:] != IGNORED_LABEL).sum()
