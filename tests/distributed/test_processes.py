@@ -53,6 +53,14 @@ def test_the_geometry_adds_one_collective_a_refresh(kind: str, found: Found) -> 
 
 
 @pytest.mark.parametrize("kind", SHARDED)
+def test_processes_stay_in_step_when_one_has_generated_its_answer(kind: str, found: Found) -> None:
+    for rank in range(2):
+        assert found(f"generated-{kind}", rank) == found("generated-ddp", rank)
+    lengths = [[len(text.split()) for text, _ in found(f"generated-{kind}", rank)] for rank in range(2)]
+    assert lengths == [[6, 1, 6, 1], [6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("kind", SHARDED)
 def test_only_rank_zero_reads_a_dense_backbone(kind: str, found: Found) -> None:
     reads = {name: [found(f"{name}-{kind}", rank)["read"] for rank in range(2)] for name in VARIANTS}
     assert reads == {

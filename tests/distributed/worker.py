@@ -23,6 +23,7 @@ import processes as runs  # type: ignore[import-not-found]
 from grit_lightning import strategies
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
 from grit_lightning.collectives import average_gradients, copy_from_first_process, sum_over_processes
+from grit_lightning.generation import GenerationSettings, generate_answers
 from grit_lightning.strategies import GritFSDP2Strategy, GritFSDPStrategy
 
 RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart on their processes
@@ -98,6 +99,37 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
     }
 
 
+class Numbers:
+    """A tokenizer whose texts are token ids."""
+
+    pad_token_id, name_or_path = 0, "numbers"
+
+    def __init__(self, eos_token_id: int) -> None:
+        self.eos_token_id = eos_token_id
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, tokens))
+
+
+def generated(kind: str, backbone: Path) -> list[Any]:
+    """Answers to one prompt a process: six tokens; then cut where that of rank zero ends at once; then six again."""
+    pl.seed_everything(7, verbose=False)
+    module = runs.make_module(backbone, None)
+    answers: list[Any] = []
+
+    def test_step(batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        prompt, settings = (batch["input_ids"][:1, :5], batch["attention_mask"][:1, :5]), GenerationSettings(6)
+        for _ in range(2):
+            answers.extend(generate_answers(module.peft_model, Numbers(2), *prompt, settings))
+            first = [int(answers[0].text.split()[0])]
+            dist.broadcast_object_list(first, 0)
+            answers.extend(generate_answers(module.peft_model, Numbers(first[0]), *prompt, settings))
+
+    module.test_step = test_step
+    runs.make_trainer(kind).test(module, runs.share(runs.micro_batches(2, seed=3)), verbose=False)
+    return answers
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tied": ({}, {}, "tied"),
     "nf4, recomputed": ({}, {"quantization": "nf4", "gradient_checkpointing": True}, "backbone"),
@@ -154,6 +186,7 @@ def main() -> None:
     for kind in KINDS:
         keep(f"train-{kind}", lambda kind=kind: runs.train(kind, backbone))  # type: ignore[misc]
         keep(f"count-{kind}", lambda kind=kind: runs.count(kind, backbone))  # type: ignore[misc]
+        keep(f"generated-{kind}", lambda kind=kind: [tuple(answer) for answer in generated(kind, backbone)])  # type: ignore[misc]
         two = saved_and_resumed(kind, backbone, out / f"{kind}-2", 2, resume=out / "one-1" / "last.ckpt")
         assert two.parent.is_dir()
     keep("collectives", collectives)
