@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Stage = Literal["val", "test", "predict"]
@@ -127,19 +127,10 @@ def generate_answers(
                 attention_mask=real[:, first:],
                 generation_config=config,
                 tokenizer=tokenizer,  # for the stop strings
-                synced_gpus=_is_sharded(model),
             )
             new = sequences[:, ids.shape[1] - first :].tolist()
             answers += [_answer(tokens, tokenizer, ends, settings.stop_strings) for tokens in new]
     return answers
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    """Whether processes need each other for every forward pass, so that one whose answers are complete has to go on.
-
-    transformers looks at the model itself only, and here its blocks are what is wrapped.
-    """
-    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
 
 
 def check_context(model: PeftModel | PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
