@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from grit_lightning.checkpoints import read_checkpoint
+from grit_lightning.checkpoints.reading import read_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, and every run is a new process from there
 OPTIMIZERS = ("torch.optim.AdamW", "EigenbasisAdam")
@@ -126,7 +126,7 @@ def train(words: list[str], log: Path) -> None:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    from grit_lightning.cli import main
+    from grit_lightning.cli.program import main
 
     main(words)
 
@@ -270,7 +270,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    CONTEXT.set_forkserver_preload(["grit_lightning.cli"])
+    CONTEXT.set_forkserver_preload(["grit_lightning.cli.program"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def count(kind: str, backbone: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": 2 * UPDATE_FREQ, "plain": _counted(kind, backbone, None)}
     found["geometry"] = _counted(kind, backbone, with_geometry)
     if kind == "fsdp2":
-        from grit_lightning.strategies import GritFSDP2Strategy
+        from grit_lightning.distributed.strategies import GritFSDP2Strategy
 
         class ShardsAdapter(GritFSDP2Strategy):
             def _adapter(self) -> list[Any]:

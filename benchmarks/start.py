@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
-from grit_lightning.backbones import load_backbone, load_tokenizer
+from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS: dict[str, GeometryConfig | None] = {

@@ -30,7 +30,7 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
-from grit_lightning.backbones import load_backbone, load_tokenizer
+from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 from grit_lightning.datamodules import BoolQDataModule
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from grit_lightning.checkpoint_io import make_atomic, sync_folder
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.checkpoints.atomic_io import make_atomic, sync_folder
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 LOG_KEY = "grit_log"
 

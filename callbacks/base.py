@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
 class ScheduledCallback(Callback):

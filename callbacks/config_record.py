@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from grit_lightning.records import write_atomically
+from grit_lightning.runs.values import write_atomically
 
 
 class ConfigRecord(Callback):

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from grit_lightning.loggers import JSONLinesLogger
-from grit_lightning.records import jsonable
+from grit_lightning.runs.metrics_log import JSONLinesLogger
+from grit_lightning.runs.values import jsonable
 
 
 class EventLog:

@@ -13,15 +13,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.backbones import load_tokenizer
+from grit_lightning.backbones.loading import load_tokenizer
 from grit_lightning.callbacks.base import ScheduledCallback
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.retention.change import mean_change
-from grit_lightning.retention.likelihood import log_likelihoods
-from grit_lightning.retention.probe import Probe, TextProbe
-from grit_lightning.retention.text import TextData
-from grit_lightning.retention.undisturbed import adapter_off, undisturbed
-from grit_lightning.retention.zero_shot import ZeroShotTask
+from grit_lightning.forgetting.change import mean_change
+from grit_lightning.forgetting.likelihood import log_likelihoods
+from grit_lightning.forgetting.probe import Probe, TextProbe
+from grit_lightning.forgetting.text import TextData
+from grit_lightning.forgetting.undisturbed import adapter_off, undisturbed
+from grit_lightning.forgetting.zero_shot import ZeroShotTask
 
 FILENAME = "forgetting.jsonl"
 BACKBONE_TOLERANCE = 1e-3

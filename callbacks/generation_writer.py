@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from grit_lightning.generation import Stage
-from grit_lightning.generation_evaluation import Record
-from grit_lightning.records import jsonable, write_atomically
+from grit_lightning.evaluation.generated_answers import Record
+from grit_lightning.evaluation.generation import Stage
+from grit_lightning.runs.values import jsonable, write_atomically
 
 
 class GenerationWriter(Callback):

@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.callbacks.rank_rules import Layers, RankRule, Rule, Scope, Verdict
 from grit_lightning.callbacks.reprojection import Mode, maps_rule
-from grit_lightning.geometry import RankSpaceGeometry
-from grit_lightning.rank_group import RankGroup
+from grit_lightning.geometry.rank_group import RankGroup
+from grit_lightning.geometry.rank_rules import Layers, RankRule, Rule, Scope, Verdict
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
 class RankDecision(NamedTuple):

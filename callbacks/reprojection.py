@@ -13,9 +13,9 @@ from torch import Tensor
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.coordinates import MapsRule
-from grit_lightning.geometry import RankSpaceGeometry
-from grit_lightning.rank_group import RankGroup
+from grit_lightning.geometry.coordinates import MapsRule
+from grit_lightning.geometry.rank_group import RankGroup
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 Mode = Literal["one_sided", "two_sided", "balanced"]
 Trigger = Literal["period", "mass_ratio", "angle_drift"]

@@ -15,12 +15,12 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from torch import nn
 
-from grit_lightning import provenance
-from grit_lightning.adapters import count_trainable
 from grit_lightning.callbacks.step_timer import StepTimer
-from grit_lightning.loggers import JSONLinesLogger
-from grit_lightning.records import write_json
-from grit_lightning.reporting import summary_table
+from grit_lightning.geometry.sites import count_trainable
+from grit_lightning.runs import provenance
+from grit_lightning.runs.metrics_log import JSONLinesLogger
+from grit_lightning.runs.summary_table import summary_table
+from grit_lightning.runs.values import write_json
 
 FILENAME = "summary.json"
 

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback
-from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
 class SpectraLogger(GeometryCallback):

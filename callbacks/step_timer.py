@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_lightning.timing import Stopwatch
+from grit_lightning.geometry.stopwatch import Stopwatch
 
 PHASES = ("forward", "backward", "optimizer")
 _MARKS_BEFORE_RESOLVING = 256  # steps; bounds what is kept when nothing is logged

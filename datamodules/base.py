@@ -28,18 +28,23 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.backbones import load_tokenizer
-from grit_lightning.datamodules.collate import Collator
-from grit_lightning.datamodules.encoding import PromptEncoder
-from grit_lightning.datamodules.evaluation_rows import EvaluationRows, EvaluationSampler
-from grit_lightning.datamodules.orders import bucketed, shuffled
-from grit_lightning.datamodules.packing import PackedRows
-from grit_lightning.datamodules.prompts import PromptTemplate
-from grit_lightning.datamodules.resumable import ResumableDataModule, ResumableLoader, ResumableSampler, loading
-from grit_lightning.datamodules.task_table import PackageReader, Rows, Split, TaskTable
-from grit_lightning.datamodules.token_cache import cached, settings_hash, source_hash
-from grit_lightning.datamodules.tokenized import RowReader, usable
-from grit_lightning.evaluation import classification_metrics
+from grit_lightning.backbones.loading import load_tokenizer
+from grit_lightning.datamodules.pipeline.collate import Collator
+from grit_lightning.datamodules.pipeline.encoding import PromptEncoder
+from grit_lightning.datamodules.pipeline.evaluation_rows import EvaluationRows, EvaluationSampler
+from grit_lightning.datamodules.pipeline.orders import bucketed, shuffled
+from grit_lightning.datamodules.pipeline.packing import PackedRows
+from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.datamodules.pipeline.resumable import (
+    ResumableDataModule,
+    ResumableLoader,
+    ResumableSampler,
+    loading,
+)
+from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
+from grit_lightning.datamodules.pipeline.token_cache import cached, settings_hash, source_hash
+from grit_lightning.datamodules.pipeline.tokenized import RowReader, usable
+from grit_lightning.evaluation.choices import classification_metrics
 
 BUCKET_WINDOW = 50
 """Training batches that are sorted by length together: enough to fill them well, few enough to leave them random."""

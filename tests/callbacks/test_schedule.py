@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 
 from grit_lightning.callbacks import GeometryCallback, RankAdaptation, Reprojection
-from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
 class Remembering(GeometryCallback):

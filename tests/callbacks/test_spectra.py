@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from grit_lightning.callbacks import RankAdaptation, SpectraLogger
 from grit_lightning.callbacks.spectra import rank_map
-from grit_lightning.loggers import JSONLinesLogger
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 
 def test_every_layer_and_the_mean_reach_every_logger_at_the_step_they_belong_to(

@@ -12,10 +12,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from grit_lightning import timing
 from grit_lightning.callbacks import StepTimer
-from grit_lightning.loggers import JSONLinesLogger
-from grit_lightning.timing import Stopwatch
+from grit_lightning.geometry import stopwatch as timing
+from grit_lightning.geometry.stopwatch import Stopwatch
+from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 Fit = Callable[..., pl.LightningModule]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grit_lightning.cli import main
+from grit_lightning.cli.program import main
 
 Grit = Callable[..., None]
 

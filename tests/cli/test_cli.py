@@ -16,7 +16,7 @@ import yaml
 from peft import IA3Config, LoraConfig
 
 from grit_lightning import GritLitModule
-from grit_lightning.cli import GritCLI, main
+from grit_lightning.cli.program import GritCLI, main
 
 Grit = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grit_lightning.cli import main
+from grit_lightning.cli.program import main
 from grit_lightning.configs import find_config, shipped_configs
 
 OVERLAYS = ("ablations/fixed_rank", "ablations/no_kfac", "ablations/no_reprojection", "ablations/plain_adapter")

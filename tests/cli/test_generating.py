@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grit_lightning.cli import main
+from grit_lightning.cli.program import main
 
 Grit = Callable[..., None]
 COPIED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # `trained` is a copy

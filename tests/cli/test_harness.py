@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from grit_lightning import harness
-from grit_lightning.cli import main
+from grit_lightning.cli import eval_harness as harness
+from grit_lightning.cli.program import main
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'grit-lightning[harness]'"

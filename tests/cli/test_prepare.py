@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import pytest
 
-from grit_lightning.cli import main
-from grit_lightning.datamodules.published import PUBLISHED, PublishedSplit, column_hash
-from grit_lightning.prepare import TASKS, check_split, prepare_task
+from grit_lightning.cli.prepare import TASKS, check_split, prepare_task
+from grit_lightning.cli.program import main
+from grit_lightning.datamodules.pipeline.published import PUBLISHED, PublishedSplit, column_hash
 
 ROWS = [{"question": f"What is {n}? ", "answer": f"It is {n}.\n#### {n}"} for n in range(5)]
 

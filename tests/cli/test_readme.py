@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from grit_lightning.cli import main
+from grit_lightning.cli.program import main
 from grit_lightning.configs import shipped_configs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from grit_lightning import GeometryConfig, GritLitModule
 from grit_lightning.datamodules import TaskDataModule
-from grit_lightning.datamodules.packing import pack
-from grit_lightning.datamodules.resumable import ResumableLoader
+from grit_lightning.datamodules.pipeline.packing import pack
+from grit_lightning.datamodules.pipeline.resumable import ResumableLoader
 
 TaskCase = Any  # of conftest.py
 Make = Callable[..., TaskDataModule]

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from grit_lightning import GritLitModule
-from grit_lightning.cli import main
+from grit_lightning.cli.program import main
 from grit_lightning.datamodules import BoolQDataModule, GSM8KDataModule, MixtureDataModule
-from grit_lightning.datamodules.orders import mixed, shares
+from grit_lightning.datamodules.pipeline.orders import mixed, shares
 
 TaskCase = Any  # of conftest.py
 

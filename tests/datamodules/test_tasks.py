@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from grit_lightning.datamodules import GSM8KDataModule, QNLIDataModule, TaskDataModule
-from grit_lightning.datamodules.prompts import PromptTemplate
-from grit_lightning.datamodules.text import normalise
+from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.datamodules.pipeline.text import normalise
 
 TaskCase = Any  # of conftest.py
 Make = Callable[..., TaskDataModule]

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from grit_lightning.export import export_adapter
+from grit_lightning.export.adapter import export_adapter
 
 Found = Callable[..., Any]
 ROUNDING = 1e-4

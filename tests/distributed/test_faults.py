@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from grit_lightning.checkpoints import read_checkpoint
-from grit_lightning.cli import main
+from grit_lightning.checkpoints.reading import read_checkpoint
+from grit_lightning.cli.program import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 480  # seconds; a hang would last for the timeout of the process group, 900

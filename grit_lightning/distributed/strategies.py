@@ -1,0 +1,352 @@
+"""Training on several processes with a sharded backbone: `--trainer.strategy grit_fsdp` and `grit_fsdp2`.
+
+The frozen backbone is what needs memory, so that is what is cut into shards. The adapter is small, and its geometry needs
+whole factors: it stays whole and replicated, and its gradients are averaged in one all-reduce a step. Statistics,
+decisions, optimizer and checkpoints are then those of a single process, and a checkpoint is one file that any number of
+processes and any strategy goes on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from grit_lightning.backbones.loading import empty_backbone, load_backbone
+from grit_lightning.checkpoints.adapter_state import SUPPORTED
+from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process
+from grit_lightning.distributed.sharding import make_real, shard_in_units
+
+TIMEOUT = timedelta(minutes=15)
+"""How long a process waits for the others before it gives up; loading a large backbone has to fit."""
+
+
+def require_supported(strategy: Strategy) -> None:
+    """Check that a strategy keeps the adapter whole.
+
+    Raises:
+        MisconfigurationException: If it does not; names those that do.
+    """
+    if isinstance(strategy, WholeAdapterStrategy):
+        return
+    # DeepSpeedStrategy is a DDPStrategy by inheritance only
+    splits = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+    if splits or not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} is not supported: it may split the adapter, whose factors the geometry, checkpoints "
+            f"and export need whole. Set trainer.strategy to one of {', '.join(SUPPORTED)}, or train on one device."
+        )
+
+
+class WholeAdapterStrategy(ParallelStrategy):
+    """What both sharding strategies share: the adapter is whole and equal on every process, only the backbone is sharded.
+
+    Checkpoints are Lightning's ordinary ones, written by rank zero. Norm clipping and AMP are a single process's, since
+    averaged gradients are equal everywhere.
+    """
+
+    load_on_rank_zero = True
+    _blocks_sync = False
+    _filled_by_first = False
+
+    # Building.
+
+    def load_backbone(self, **loading: Any) -> PreTrainedModel:
+        """Load the backbone on rank zero, and its shape alone on every other process; a collective.
+
+        A model in memory, and one that is quantised while it is read, is loaded by every process for itself.
+
+        Args:
+            **loading: Arguments of `backbones.load_backbone`.
+        """
+        shared = self.load_on_rank_zero and self.world_size > 1
+        if not shared or isinstance(loading["source"], PreTrainedModel) or loading.get("quantization") is not None:
+            return load_backbone(**loading)
+        self._filled_by_first = True
+        model = load_backbone(**loading) if self.is_global_zero else None
+        known = None if model is None else (model.dtype, model.generation_config)
+        dtype, generation_config = self.broadcast(known)  # type: ignore[misc]
+        if model is None:
+            model = empty_backbone(**{**loading, "dtype": dtype})
+            model.generation_config = generation_config
+        return model
+
+    def share_adapter(self, model: nn.Module, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Give every process the adapter and the fingerprint of the backbone that rank zero has; a collective."""
+        owners = [
+            module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))
+        ]
+        make_real(owners, torch.device("cpu"))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.root_device)
+        copy_from_first_process(p for p in model.parameters() if p.requires_grad)
+        shared: dict[str, Any] = self.broadcast(fingerprint)
+        return shared
+
+    def _adapter(self) -> list[nn.Parameter]:
+        assert self.lightning_module is not None
+        return [p for p in self.lightning_module.parameters() if p.requires_grad]
+
+    def _settle(self) -> None:
+        """Move what is neither backbone nor adapter, and say where the module is: nobody calls `to()`, which would."""
+        module: Any = self.lightning_module
+        module._device = self.root_device
+        module.peft_model.get_input_embeddings().register_forward_pre_hook(_require_gathered)
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.to(self.root_device)
+
+    # Gradients.
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Leave gradients of this micro-batch to be averaged with those of the last one of the window."""
+        self._blocks_sync = True
+        try:
+            yield
+        finally:
+            self._blocks_sync = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the adapter's gradients over all processes, once an accumulation window."""
+        super().post_backward(closure_loss)
+        if not self._blocks_sync:
+            average_gradients(self._adapter())
+
+    # Precision.
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """That of a single device: the adapter's gradients are whole."""
+        return self._precision_plugin if self._precision_plugin is not None else Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, FSDPPrecision):
+            name = plugin.precision
+            device = "cpu" if isinstance(self.accelerator, CPUAccelerator) else "cuda"
+            if name in ("16-mixed", "bf16-mixed"):
+                plugin = MixedPrecision(name, device)
+            else:
+                plugin = Precision() if name == "32-true" else HalfPrecision(name)  # type: ignore[arg-type]
+        self._precision_plugin = plugin
+
+    # Checkpoints.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """As on a single device: before the backbone is sharded."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """As on a single device."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The adapter."""
+        return Strategy.lightning_module_state_dict(self)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the adapter."""
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of the optimizer, whose parameters are the whole adapter."""
+        return Strategy.optimizer_state(self, optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load it."""
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file, on rank zero."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one file, on every process."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc]  # precision is any plugin's here
+    """FSDP with a sharded backbone and a whole adapter. Also runs on CPUs.
+
+    Every block of the network is a unit, found without being told its class. For activation checkpointing set
+    `model.gradient_checkpointing`; weights travel between processes in `model.dtype`.
+
+    Args:
+        cpu_offload: Keep the shards in CPU memory, and bring a unit to the device while it computes.
+        sharding_strategy: As in Lightning's FSDPStrategy.
+        device_mesh: As in Lightning's FSDPStrategy, for HYBRID_SHARD.
+        load_on_rank_zero: Read the backbone on rank zero only, and send it on unit by unit; the others never hold more than
+            one unit. False has every process read it.
+        process_group_backend: nccl, gloo …; None takes what fits the device.
+        timeout: How long a process waits for the others.
+    """
+
+    strategy_name = "grit_fsdp"
+
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"] = "FULL_SHARD",
+        device_mesh: tuple[int, int] | None = None,
+        load_on_rank_zero: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        """Keep the settings."""
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            cpu_offload=cpu_offload,
+            sharding_strategy=sharding_strategy,
+            device_mesh=device_mesh,
+        )
+        self.load_on_rank_zero = load_on_rank_zero
+        self._root: FullyShardedDataParallel | None = None
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Wrap the blocks, then the rest; once, for a fit and what is validated around it."""
+        if self._root is not None and self._root.module is model:
+            return self._root
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise _already_sharded()
+        adapter = self._adapter()
+        offload = self.cpu_offload.offload_params and self.root_device.type != "cpu"  # else they are there already
+
+        def wrap(module: nn.Module) -> nn.Module:
+            return FullyShardedDataParallel(
+                module,
+                ignored_states=adapter,
+                device_id=self.root_device,
+                cpu_offload=CPUOffload(offload),
+                sharding_strategy=self.sharding_strategy,
+                **{name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"},
+            )
+
+        shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
+        self._root = root = wrap(model)  # type: ignore[assignment]
+        self._settle()
+        return root
+
+
+class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
+    """FSDP2 (`fully_shard`) with a sharded backbone and a whole adapter. Also runs on CPUs.
+
+    Args:
+        cpu_offload: Keep the shards in CPU memory, and bring a unit to the device while it computes.
+        tensor_parallel_size: 1; there is no tensor parallelism.
+        load_on_rank_zero: As in `GritFSDPStrategy`.
+        process_group_backend: nccl, gloo …; None takes what fits the device.
+        timeout: How long a process waits for the others.
+
+    Raises:
+        ValueError: If tensor parallelism is asked for.
+    """
+
+    strategy_name = "grit_fsdp2"
+
+    def __init__(
+        self,
+        cpu_offload: bool = False,
+        tensor_parallel_size: int = 1,
+        load_on_rank_zero: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        """Keep the settings."""
+        if tensor_parallel_size != 1:
+            raise ValueError(
+                f"GritFSDP2Strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: tensor parallelism would split "
+                "the factors and activations of the adapter, which the geometry needs whole. Shard over more processes instead."
+            )
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.cpu_offload = cpu_offload
+        self.load_on_rank_zero = load_on_rank_zero
+        self._sharded: nn.Module | None = None
+
+    def setup_environment(self) -> None:
+        """Take all processes as one data-parallel group."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard the blocks, then the rest; once, for a fit and what is validated around it."""
+        model: nn.Module = self.lightning_module.peft_model  # type: ignore[union-attr,assignment]
+        if self._sharded is not model:
+            if any(isinstance(module, FSDPModule) for module in model.modules()):
+                raise _already_sharded()
+            self._shard(model)
+        super().setup(trainer)
+
+    def _shard(self, model: nn.Module) -> None:
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        adapter = set(self._adapter())
+
+        def wrap(module: nn.Module) -> nn.Module:
+            mesh = self.device_mesh["data_parallel"]
+            return fully_shard(module, mesh=mesh, offload_policy=offload, ignored_params=adapter)  # type: ignore[return-value]
+
+        shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
+        self._sharded = wrap(model)
+        self._settle()
+
+    def model_to_device(self) -> None:
+        """Nothing: the shards are where they belong."""
+
+
+def _require_gathered(embedding: nn.Module, args: Any) -> None:
+    """Refuse a forward pass that finds a shard where the embedding should be."""
+    weight = embedding.weight
+    if isinstance(weight, DTensor) or weight.ndim != 2:
+        raise RuntimeError(
+            "The model was called outside of a training or evaluation step, where its embedding and head are not gathered. "
+            "Call the LightningModule's steps, leave out what calls the model itself, or set trainer.strategy to ddp."
+        )
+
+
+def _already_sharded() -> MisconfigurationException:
+    return MisconfigurationException(
+        "The module has been sharded by another Trainer. Use one Trainer for all of a run, or make a new GritLitModule."
+    )
+
+
+for _name, _strategy in (("grit_fsdp", GritFSDPStrategy), ("grit_fsdp2", GritFSDP2Strategy)):
+    StrategyRegistry.register(_name, _strategy, description=(_strategy.__doc__ or "").partition("\n")[0])

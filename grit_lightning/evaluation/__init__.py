@@ -1,0 +1,1 @@
+"""How well a model does: scores of closed answers, generated answers, and metrics of texts."""

@@ -1,0 +1,98 @@
+"""Log-likelihoods of token sequences under a causal language model, shared out over processes.
+
+Shapes: N sequences, B of them in a batch, T tokens of the longest in it, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from grit_lightning.datamodules.pipeline.collate import pad
+from grit_lightning.evaluation.choices import IGNORED
+
+
+class TokenSequence(NamedTuple):
+    """Token ids, and the position of the first one whose likelihood counts.
+
+    What stands before it is context only. The first token of all is never predicted: `start` is at least 1.
+    """
+
+    ids: list[int]
+    start: int = 1
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens whose likelihood counts."""
+        return len(self.ids) - self.start
+
+    def last(self, tokens: int) -> TokenSequence:
+        """The same without what stands before its last `tokens` tokens; context goes first."""
+        cut = max(len(self.ids) - tokens, 0)
+        return TokenSequence(self.ids[cut:], max(self.start - cut, 1))
+
+
+@torch.no_grad()
+def log_likelihoods(
+    logits_of: Callable[[dict[str, Tensor]], Tensor],
+    sequences: Sequence[TokenSequence],
+    batch_size: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """Score the sequences that fall to this process, longest first and right-padded.
+
+    Every process calls the model equally often, also where the sequences do not divide evenly: some models communicate
+    in their forward pass.
+
+    Args:
+        logits_of: Logits `[B, T', V]` for the last T' ≤ T positions of a batch of `input_ids`, `attention_mask` and
+            `labels`, each int64 `[B, T]`; labels are −100 on all that does not count.
+        sequences: The same on every process.
+        batch_size: Sequences in a forward pass.
+        device: Where batches go.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Returns:
+        `[N]`, float32 or better: log-likelihoods in nats, summed over the tokens that count; 0 for sequences of other
+        processes. The sum over processes is the whole.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    own = order[rank::world_size]
+    calls = -(-len(sequences) // (world_size * batch_size))
+    scores: dict[int, Tensor] = {}
+    for call in range(calls):
+        chosen = own[call * batch_size : (call + 1) * batch_size]
+        batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # nothing left: take part all the same
+        logits = logits_of(batch)
+        scores.update(zip(chosen, _scores(logits, batch["labels"]), strict=False))
+    return torch.stack([scores[i] if i in scores else torch.zeros((), device=device) for i in range(len(sequences))])
+
+
+def make_batch(sequences: Sequence[TokenSequence], device: torch.device) -> dict[str, Tensor]:
+    """Stack sequences into `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded on the right."""
+    ids = [torch.tensor(sequence.ids) for sequence in sequences]
+    labels = [torch.tensor([IGNORED] * sequence.start + sequence.ids[sequence.start :]) for sequence in sequences]
+    batch: Mapping[str, Tensor] = {
+        "input_ids": pad(ids, 0, "right"),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], 0, "right"),
+        "labels": pad(labels, IGNORED, "right"),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _scores(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Log-likelihood of the labels of each row; row by row, as float32 logits of a whole batch can take gigabytes."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    labels = labels[:, labels.shape[1] - logits.shape[1] :]
+    return [
+        -cross_entropy(row[:-1].to(dtype), label[1:], ignore_index=IGNORED, reduction="sum")
+        for row, label in zip(logits, labels, strict=True)
+    ]

@@ -1,0 +1,174 @@
+"""Held-out text as blocks of tokens: a proxy for what the backbone was pretrained on.
+
+L_pt is token-level: the mean negative log-likelihood of tokens, in nats, over blocks that do not overlap. Each block is
+read without what came before it, opened by the begin-of-sequence token if the tokenizer writes one by itself; the
+block's first token is not predicted. A perplexity is exp(L_pt) and belongs to a tokenizer and a block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
+from grit_lightning.forgetting.likelihood import TokenSequence
+from grit_lightning.forgetting.probe import TextProbe
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Where held-out text comes from, and how it is cut.
+
+    Attributes:
+        source: A .txt file (one document); a jsonl, json, parquet, csv or tsv file; a folder with split files; or a hub id.
+        name: How results are called; None for the last part of `source`.
+        column: Column that holds a document a row.
+        hub_config: Configuration of the hub table, such as wikitext-2-raw-v1 or en.
+        split: Split of a folder or hub table.
+        streaming: Fetch only as much of a hub table as is needed (C4 is 300 GB). Needs the network every time.
+        documents: `joined` cuts one stream of all documents into blocks that are all full; the rest at its end is left out.
+            `separate` takes the first tokens of each document, up to a block.
+        separator: What joins documents: None for the end-of-sequence token, as in pretraining, which leaves empty rows out;
+            or text, such as a blank line, for tables whose rows are lines of one text (wikitext).
+    """
+
+    source: str
+    name: str | None = None
+    column: str = "text"
+    hub_config: str | None = None
+    split: str = "validation"
+    streaming: bool = False
+    documents: Literal["joined", "separate"] = "joined"
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If `documents` is unknown, or a separator would join nothing.
+        """
+        if self.documents not in ("joined", "separate"):
+            raise ValueError(f"TextData.documents must be joined or separate, got {self.documents!r}.")
+        if self.documents == "separate" and self.separator is not None:
+            raise ValueError("TextData.separator joins documents: leave it out, or set documents to joined.")
+
+    @property
+    def label(self) -> str:
+        """How results are called."""
+        return self.name or Path(self.source).stem
+
+    def probe(self, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None = None) -> TextProbe:
+        """Read, tokenise and cut.
+
+        Args:
+            tokenizer: Of the backbone.
+            block_size: Tokens the model sees at once, begin-of-sequence included.
+            max_blocks: How many blocks to take from the start; None for all.
+
+        Raises:
+            FileNotFoundError: The file or split is missing.
+            ValueError: The column is missing, there is no text, or less than a block of it.
+            ConnectionError: The hub cannot be reached.
+        """
+        lead = leading_ids(tokenizer)
+        room = block_size - len(lead)
+        pieces = self._separate(tokenizer, room) if self.documents == "separate" else self._joined(tokenizer, room)
+        blocks = [TokenSequence(lead + piece) for piece in islice(pieces, max_blocks)]
+        if not blocks:
+            raise ValueError(
+                f"{self._where}: the text does not fill one block of {block_size} tokens. Lower block_size, use more text, "
+                "or set documents to separate."
+            )
+        return TextProbe(self.label, blocks)
+
+    def _joined(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
+        """Full pieces of one stream, tokenised no further than is asked for."""
+        stream: list[int] = []
+        for document in self._stream(tokenizer):
+            stream += document
+            full = len(stream) - len(stream) % room
+            yield from (stream[start : start + room] for start in range(0, full, room))
+            stream = stream[full:]
+
+    def _stream(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        if self.separator is not None:
+            yield encode(tokenizer, self.separator.join(self.texts()))
+            return
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{self._where}: the tokenizer has no end-of-sequence token to put between documents. Set separator to text, "
+                "or documents to separate."
+            )
+        for number, text in enumerate(self._filled()):
+            yield ([tokenizer.eos_token_id] if number else []) + encode(tokenizer, text)
+
+    def _separate(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
+        """The beginning of each document that has a token to predict."""
+        shortest = 1 + (not leading_ids(tokenizer))
+        pieces = (encode(tokenizer, text)[:room] for text in self._filled())
+        return (piece for piece in pieces if len(piece) >= shortest)
+
+    def _filled(self) -> Iterator[str]:
+        return (text for text in self.texts() if text.strip())
+
+    def texts(self) -> Iterator[str]:
+        """Documents in the order of the source.
+
+        Raises:
+            FileNotFoundError: The file or split is missing.
+            ValueError: The column is missing, or there is no text in any row.
+            ConnectionError: The hub cannot be reached.
+        """
+        found = False
+        for text in self._rows():
+            found = found or bool(text.strip())
+            yield text
+        if not found:
+            raise ValueError(f"{self._where}: there is no text in it.")
+
+    def _rows(self) -> Iterable[str]:
+        path = Path(self.source).expanduser()
+        if path.suffix == ".txt":
+            if not path.is_file():
+                raise FileNotFoundError(f"Text file {path} does not exist. Set `source` to one that does.")
+            return [path.read_text(encoding="utf-8")]
+        return self._column(self._table(path))
+
+    def _column(self, table: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        for row in table:
+            if self.column not in row:  # a streamed table may not know its columns before
+                raise ValueError(f"{self._where}: there is no column {self.column!r}, only {list(row)}. Set `column`.")
+            yield "" if row[self.column] is None else str(row[self.column])
+
+    def _table(self, path: Path) -> datasets.Dataset:
+        if path.is_dir():
+            files = find_files(path, self.split, self.hub_config)
+            if not files:
+                raise FileNotFoundError(
+                    f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file."
+                )
+            return read_files(files)
+        if path.is_file() or path.suffix in READERS:
+            return read_files([path])
+        return read_hub(self.source, self.hub_config, self.split, self.streaming)
+
+    @property
+    def _where(self) -> str:
+        return f"Held-out text ({self.source})"
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-sequence token, if the tokenizer puts one before a text by itself."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer("").input_ids else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, without any special token around it; long texts are meant to be long."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,0 +1,47 @@
+"""Measuring in the middle of training without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from grit_lightning.checkpoints.random_state import random_state, restore_random_state
+
+
+@contextmanager
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule's mode and all random numbers are as they were.
+
+    Args:
+        module: What is evaluated.
+        device: Whose random numbers are kept, beside those of the CPU.
+    """
+    modes = {part: part.training for part in module.modules()}
+    state = random_state(device)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training  # one by one: some may have been in evaluation mode during training
+        restore_random_state(state, device)
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The backbone without its adapter; afterwards the same parameters are trained as before.
+
+    PEFT, on its own, would make all parameters of the active adapter trainable, also those that were frozen.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)

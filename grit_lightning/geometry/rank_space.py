@@ -1,0 +1,396 @@
+"""The rank-space geometry of a LoRA model: its curvature statistics, and what they do to gradients and factors.
+
+Per adapted layer, with a = A x and g = ∂L/∂a of the sum of token losses over N real tokens,
+
+    Σ_a = E[a aᵀ],  Σ_g = E[g gᵀ]          both [r, r], float32
+    ∇A ← (Σ_g + λI)⁻¹ ∇A,  ∇B ← ∇B (Σ_a + λI)⁻¹
+
+The object owns state only. The maths is in `functional`; when things happen is decided by the module (every optimizer
+step) and by callbacks (reprojection, rank).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grit_lightning import functional as F
+from grit_lightning.distributed.collectives import is_first_process, process_count, sum_over_processes
+from grit_lightning.geometry.capture import RankSpaceCapture
+from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.coordinates import CoordinateChange, MapsRule
+from grit_lightning.geometry.preconditioner import Preconditioner
+from grit_lightning.geometry.rank_group import RankGroup, group_by_rank
+from grit_lightning.geometry.sites import count_trainable, find_lora_sites
+from grit_lightning.geometry.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What the geometry knows of one adapted layer, always current."""
+
+    name: str
+    group: RankGroup
+    index: int
+
+    @property
+    def a_cov(self) -> Tensor:
+        """Σ_a, float32 `[r, r]`."""
+        here = slice(self.index, self.index + 1)
+        return F.covariance(self.group.total.a[here], self.group.total.weight[here])[0]
+
+    @property
+    def g_cov(self) -> Tensor:
+        """Σ_g, float32 `[r, r]`, of gradients of the sum of token losses."""
+        here = slice(self.index, self.index + 1)
+        return F.covariance(self.group.total.g[here], self.group.total.weight[here])[0]
+
+    @property
+    def n_samples(self) -> int:
+        """Tokens of all processes that have contributed since the start, as of the last `reduce`; own ones since then too."""
+        return int(self.group.tokens[self.index])
+
+    @property
+    def rank(self) -> int:
+        """Effective rank k ≤ r."""
+        return int(self.group.ranks[self.index])
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events of this layer: `rejected` micro-batches, `fallbacks` to the raw gradient, damping `escalations`."""
+        return {name: counts[self.index] for name, counts in self.group.counters.items()}
+
+
+class RankSpaceGeometry:
+    """Curvature state of every LoRA layer of a model, and the operations that use it.
+
+    One training step, in the module's words:
+
+        geometry.start_micro_batch(mask, scale)   before forward
+        geometry.finish_micro_batch()             after backward, once per micro-batch
+        geometry.step()                           once per optimizer step: statistics, refresh, preconditioned gradients
+
+    Args:
+        model: PEFT model with one active LoRA adapter.
+        config: Settings.
+
+    Raises:
+        ValueError: If the model has no plain linear LoRA layer.
+    """
+
+    def __init__(self, model: nn.Module, config: GeometryConfig) -> None:
+        """Find the layers and register the hooks."""
+        self.config = config
+        self.stopwatch = Stopwatch()
+        self.groups = group_by_rank(find_lora_sites(model))
+        self.layers: Mapping[str, LayerView] = {
+            site.name: LayerView(site.name, group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+        if config.damping_mode == "quantization_aware":
+            for group in self.groups:
+                group.quantization_noise  # noqa: B018 (measured now: a sharded layer has no weights to look at)
+        self.reprojection_count = 0
+        self.compute_bases = False  # set by optimizers that need eigenbases
+        self.trainable_parameters = count_trainable(model)
+        self._capture = RankSpaceCapture(self.groups, self.stopwatch)
+        self._preconditioner = Preconditioner(config)
+        self._micro_batches = 0
+        self._window_micro_batches = 0
+        self._steps = 0
+        self._windows_since_reduce = 0
+
+    # Reading.
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Effective rank of every layer by name."""
+        return {name: view.rank for name, view in self.layers.items()}
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean effective rank over layers."""
+        return sum(int(group.ranks.sum()) for group in self.groups) / len(self.layers)
+
+    @property
+    def effective_parameters(self) -> int:
+        """Σ k·(d_in + d_out) over layers: what a compacted adapter holds (paper, '# Params Trained')."""
+        return sum(
+            int(rank) * site.parameters_per_rank
+            for group in self.groups
+            for site, rank in zip(group.sites, group.ranks.tolist(), strict=True)
+        )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events over all layers: rejected micro-batches, gradient fallbacks, damping escalations."""
+        totals: Counter[str] = Counter()
+        for group in self.groups:
+            totals.update({name: sum(counts) for name, counts in group.counters.items()})
+        return dict(totals)
+
+    # Statistics.
+
+    def to(self, device: torch.device) -> None:
+        """Move the statistics to the device of the adapter."""
+        for group in self.groups:
+            group.to(device)
+
+    def start_micro_batch(
+        self, token_mask: Tensor, gradient_scale: Tensor | float, loss_scale: Tensor | float | None = None
+    ) -> None:
+        """Begin to listen: call before the forward pass whose backward pass is to be counted.
+
+        Args:
+            token_mask: `[B, T]`, non-zero where a token is real.
+            gradient_scale: Factor that turns the gradients autograd will deliver into those of the sum of token losses:
+                (label tokens the loss was averaged over) · (accumulation steps) / (AMP loss scale).
+            loss_scale: (AMP loss scale) / (accumulation steps) if regularisers are on: their gradients are added to the
+                backward pass, after the statistics have seen the loss's own. None adds nothing.
+        """
+        for group in self.groups:
+            group.micro.clear()
+            group.calls = [0] * len(group.sites)
+        records = self._micro_batches % self.config.cov_update_freq == 0
+        if records or loss_scale is not None:
+            self._capture.start(token_mask.bool(), gradient_scale, records=records, loss_scale=loss_scale)
+
+    @torch.no_grad()
+    def finish_micro_batch(self) -> None:
+        """Take a finished backward pass into the window; a layer whose sums are not finite is left out and counted."""
+        mask = self._capture.token_mask
+        self._capture.stop()
+        self._micro_batches += 1
+        if mask is None:
+            return
+        with self.stopwatch("capture"):
+            tokens = mask.sum()
+            for group in self.groups:
+                calls = torch.tensor(group.calls, device=group.device)
+                finite = F.finite_layers(group.micro.a, group.micro.g)
+                group.rejected += ~finite & (calls > 0)
+                group.micro.weight = (calls * tokens).float()
+                for tensor in group.micro.tensors():
+                    tensor.masked_fill_(~finite.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
+                group.window.absorb(group.micro)
+                group.heard += calls
+            self._window_micro_batches += 1
+
+    def discard_window(self) -> None:
+        """Forget the accumulation window under way, for a step that the optimizer will skip."""
+        for group in self.groups:
+            group.window.clear()
+        self._window_micro_batches = 0
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum what this process has gathered over all processes, in one collective, into the running estimate.
+
+        Every process must call it at the same step. Without process group it only merges. Nothing new costs nothing.
+        """
+        if self._windows_since_reduce == 0:
+            return
+        counts = [group.counts_to_tell() for group in self.groups]
+        sum_over_processes([*(tensor for group in self.groups for tensor in group.local.tensors()), *counts])
+        for group, of_all in zip(self.groups, counts, strict=True):
+            group.take_counts(of_all)
+            group.total.absorb(group.local, self.config.decay**self._windows_since_reduce)
+        self._windows_since_reduce = 0
+
+    # Preconditioning.
+
+    @torch.no_grad()
+    def step(self, precondition: bool = True) -> None:
+        """Close the accumulation window: update statistics, refresh inverses when due, precondition `.grad` in place.
+
+        Args:
+            precondition: False leaves gradients raw, for an optimizer that applies the geometry itself.
+
+        Raises:
+            RuntimeError: At the first refresh, if a layer has sent no statistics; the message names the layers.
+        """
+        with self.stopwatch("precondition"):
+            for group in self.groups:
+                group.tokens += group.window.weight.long()
+                group.local.absorb(group.window, self.config.decay)
+            self._window_micro_batches = 0
+            self._windows_since_reduce += 1
+            self._steps += 1
+            if process_count() == 1 or self.refresh_due:
+                self.reduce()
+            if self.refresh_due:
+                self._require_all_heard()
+                self.refresh()
+            for group in self.groups:
+                self._preconditioner.apply(group, self._steps, precondition)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the optimizer step under way refreshes the inverses."""
+        return self._steps % self.config.kfac_update_freq == 0
+
+    def refresh(self) -> None:
+        """Invert the damped factors of every layer, and whatever else is derived from the statistics now and then."""
+        for group in self.groups:
+            self._preconditioner.refresh(group, self._steps, with_bases=self.compute_bases)
+
+    @property
+    def penalty(self) -> Tensor:
+        """Value of the regularisers summed over layers, in nats per token, as of the last refresh."""
+        forms = [(group.penalty, group.a_cov) for group in self.groups if group.penalty is not None]
+        return torch.stack([F.quadratic_penalty(form, cov).sum() for form, cov in forms] or [torch.zeros(())]).sum()
+
+    def _require_all_heard(self) -> None:
+        silent = [
+            site.name
+            for group in self.groups
+            for site, heard in zip(group.sites, group.heard.tolist(), strict=True)
+            if heard == 0
+        ]
+        if silent:
+            shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+            raise RuntimeError(
+                f"{len(silent)} of {len(self.layers)} adapted layers have sent no curvature statistics by the first refresh "
+                f"(optimizer step {self._steps}): {shown}. Either they take no part in the loss, then leave them out of "
+                "`adapter.target_modules`; or their forward pass bypasses lora_A's hook, then set `geometry: null`."
+            )
+
+    # Reprojection.
+
+    @torch.no_grad()
+    def reproject(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int] | None = None,
+        *,
+        blend: float = 1.0,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        """Change coordinates of every layer with enough samples, and keep the first k of them.
+
+        Weights, covariances and optimizer moments go through the same linear maps; inverses are recomputed.
+
+        Args:
+            maps: Given `(a_cov, g_cov, kept, enough_g)`, stacked over layers, returns the maps of A and B; kept `[L, r]` bool
+                marks the coordinates that stay.
+            ranks: New effective ranks by layer name; layers not named keep theirs.
+            blend: γ in (0, 1]; below 1 the projection is partial and ranks stay as they are.
+            optimizer: Its moments of A and B are carried along.
+
+        Raises:
+            ValueError: If a rank is not in 1 … r.
+        """
+        self._change_coordinates(maps, ranks or {}, blend, optimizer)
+        self.reprojection_count += 1
+
+    @torch.no_grad()
+    def set_ranks(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int],
+        *,
+        left_out: Mapping[str, int] | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        """Give layers new effective ranks, at once; like `reproject`, but counts as no reprojection.
+
+        Layers whose rank falls go through `maps`. Where it rises, ΔW stays as it is: the dropped directions that B's
+        gradient pulls at most come first (`functional.regrowth`), and their columns grow from zero.
+
+        Args:
+            maps: As in `reproject`; should leave ΔW as it is but for the directions that are dropped.
+            ranks: New effective ranks by layer name.
+            left_out: By layer name, a coordinate that is zeroed in B this once; it may grow back from the next step on.
+            optimizer: Its moments of A and B are carried along.
+
+        Raises:
+            ValueError: If a rank is not in 1 … r.
+        """
+        if left_out or any(self.layers[name].rank != rank for name, rank in ranks.items()):
+            self._change_coordinates(maps, ranks, 1.0, optimizer, left_out or {}, only_where_needed=True)
+
+    def enough(self, group: RankGroup) -> Tensor:
+        """Layers `[L]` bool of a group with enough samples for decisions (`kfac_min_samples`)."""
+        return group.tokens >= max(self.config.kfac_min_samples, 1)
+
+    def _change_coordinates(
+        self,
+        maps: MapsRule,
+        ranks: Mapping[str, int],
+        blend: float,
+        optimizer: Optimizer | None,
+        left_out: Mapping[str, int] | None = None,
+        *,
+        only_where_needed: bool = False,
+    ) -> None:
+        with self.stopwatch("reprojection"):
+            self.reduce()
+            for group in self.groups:
+                change = CoordinateChange(group, ranks, left_out or {}, self.enough(group), only_where_needed)
+                change.apply(maps, blend, optimizer)
+            if self._steps >= self.config.kfac_update_freq:
+                self.refresh()
+
+    # Persistence.
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly as if never stopped, in plain types and CPU tensors; a collective.
+
+        It is the state of all processes together, so that any other number of them can go on from it: finished windows are
+        reduced first, and the one under way, if there is one, is summed over processes without touching it.
+        """
+        self.reduce()
+        states = [group.state_dict() for group in self.groups]
+        if process_count() > 1 and self._window_micro_batches > 0:
+            windows = [[tensor.clone() for tensor in group.window.tensors()] for group in self.groups]
+            counts = [group.counts_to_tell() for group in self.groups]
+            told = [count.clone() for count in counts]
+            sum_over_processes([*(tensor for window in windows for tensor in window), *counts])
+            for state, window, of_all, own in zip(states, windows, counts, told, strict=True):
+                state["window"] = [tensor.cpu() for tensor in window]
+                for name, others in zip(RankGroup.SHARED_COUNTS, (of_all - own).cpu(), strict=True):
+                    state[name] += others
+        return {
+            "groups": states,
+            "reprojection_count": self.reprojection_count,
+            "micro_batches": self._micro_batches,
+            "window_micro_batches": self._window_micro_batches,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If the state belongs to another adapter layout.
+        """
+        if len(state["groups"]) != len(self.groups):
+            raise ValueError(
+                f"The checkpoint holds {len(state['groups'])} rank groups, this model has {len(self.groups)}. "
+                "Use the adapter configuration (r, rank_pattern, target_modules) that the checkpoint was trained with."
+            )
+        for group, saved in zip(self.groups, state["groups"], strict=True):
+            group.load_state_dict(saved)
+            if not is_first_process():
+                group.window.clear()  # it holds the sum over all processes
+        self.reprojection_count = state["reprojection_count"]
+        self._micro_batches = state["micro_batches"]
+        self._steps = state["steps"]
+        self._window_micro_batches = state["window_micro_batches"]
+        self._windows_since_reduce = 0
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        self._capture.detach()
+
+    def __iter__(self) -> Iterator[LayerView]:
+        """Iterate over the layers' views."""
+        return iter(self.layers.values())

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+from grit_lightning.cli.prepare import TASKS
+from grit_lightning.datamodules.pipeline.prompts import TEMPLATES, PromptTemplate
+
+SHIPPED = {name + ending: task for name, task in TASKS.items() for ending in ("", "_instruct")}
+
+
+def test_every_shipped_template_names_only_columns_of_its_task() -> None:
+    assert {path.stem for path in TEMPLATES.glob("*.yaml")} == set(SHIPPED)
+    for name, task in SHIPPED.items():
+        PromptTemplate.load(name).check(task.schema)
+
+
+def test_boolq_prompt_reads_as_in_the_harness() -> None:
+    row = {"passage": "Ice is {cold}.", "question": "is ice cold"}
+    assert PromptTemplate.load("boolq").render(row) == "Ice is {cold}.\nQuestion: is ice cold?\nAnswer:"
+
+
+def test_an_empty_column_selects_its_own_prompt() -> None:
+    template = PromptTemplate("{instruction} | {input}", prompt_without={"input": "{instruction}"})
+    assert template.render({"instruction": "Add.", "input": "1 2"}) == "Add. | 1 2"
+    assert template.render({"instruction": "Sing.", "input": " "}) == "Sing."
+
+
+def test_unknown_template_lists_the_shipped_names() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'nope'.*boolq, boolq_instruct"):
+        PromptTemplate.load("nope")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("- a list", "list"),
+        ("answer: ' {answer}'", r"\['answer'\]"),
+        ("{prompt: a, promt: b}", r"\['prompt', 'promt'\]"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused_with_what_was_found(tmp_path: Path, content: str, found: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"mine\.yaml: expected a mapping with `prompt`.*found {found}"):
+        PromptTemplate.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PromptTemplate("{context}"),
+        PromptTemplate("{question}", truncate="context"),
+        PromptTemplate("{question}", prompt_without={"context": "{question}"}),
+    ],
+)
+def test_a_placeholder_that_is_no_column_is_refused(template: PromptTemplate) -> None:
+    with pytest.raises(ValueError, match=r"names \['context'\]; the columns of the task are \['passage', 'question'\]"):
+        template.check(("question", "passage"))
+
+
+def test_an_answer_without_its_placeholder_is_refused() -> None:
+    with pytest.raises(ValueError, match="`answer` must hold"):
+        PromptTemplate("{question}", answer=" {label}").check(("question",))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "datamodules.pipeline.collate",
+        "datamodules.pipeline.orders",
+        "datamodules.pipeline.packing",
+        "datamodules.pipeline.prompts",
+        "datamodules.pipeline.splits",
+        "datamodules.pipeline.text",
+        "evaluation.choices",
+    ],
+)
+def test_examples_in_docstrings_hold(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"grit_lightning.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
