@@ -179,7 +179,7 @@ class RankAdaptation(GeometryCallback):
         geometry.reduce()
         names = list(geometry.layers)
         needed = max(self.min_samples or 0, geometry.config.kfac_min_samples, 1)
-        enough = torch.cat([group.tokens.cpu() >= needed for group in geometry.groups])
+        enough = torch.cat([group.counts.tokens.cpu() >= needed for group in geometry.groups])
         layers = self._layers(geometry, enough)
         verdict = self._let_return(
             geometry, layers, self._decide(layers._replace(values=self._averaged(layers, enough)))
@@ -196,7 +196,7 @@ class RankAdaptation(GeometryCallback):
         left_out = self._left_out(names, layers.current, new, enough, layers.values.shape[-1])
         mode: Mode = "one_sided" if self.rule == "energy" else "balanced"
         ranks = {decision.layer: decision.new for decision in decisions}
-        geometry.set_ranks(maps_rule(mode), ranks, left_out=left_out, optimizer=optimizer)
+        geometry.set_ranks(maps_rule(mode), ranks, masked_coordinate=left_out, optimizer=optimizer)
         if self._account is not None:  # directions that returned are judged by what they become
             self._account *= ~F.rank_mask(new, self._account.shape[-1])
         changes = [decision for decision in decisions if decision.old != decision.new]
@@ -248,7 +248,7 @@ class RankAdaptation(GeometryCallback):
         gains = [
             row
             for group in geometry.groups
-            for row in F.regrowth(group.a_cov.cpu(), group.gradient_gram.cpu(), group.ranks).gain
+            for row in F.regrowth(group.a_cov.cpu(), group.statistics.gradient_gram.cpu(), group.ranks).gain
         ]
         ranks, reasons = list(verdict.ranks), list(verdict.reasons)
         for index, (gain, old) in enumerate(zip(gains, layers.current.tolist(), strict=True)):

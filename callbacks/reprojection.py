@@ -153,7 +153,7 @@ class Reprojection(GeometryCallback):
     @torch.no_grad()
     def due(self, geometry: RankSpaceGeometry) -> str | None:
         """Return why a reprojection is due now, or None; moves the trigger's state on."""
-        if not any(bool(geometry.enough(group).any()) for group in geometry.groups):
+        if not any(bool(geometry.has_enough_samples(group).any()) for group in geometry.groups):
             return None
         if self.trigger == "period":
             return f"every {self.every_n_steps} steps"
@@ -176,13 +176,13 @@ class Reprojection(GeometryCallback):
         geometry.reproject(rule, ranks, blend=self.blend, optimizer=optimizer)
         if self.trigger == "angle_drift":
             for group in geometry.groups:
-                group.references[self.state_key] = group.a_cov.clone()
+                group.keep_reference(self.state_key)
 
     def _measured(self, geometry: RankSpaceGeometry) -> Iterator[tuple[RankGroup, Tensor, Tensor]]:
         """Groups with the ranks `[L]` their layers are cut to, and which layers `[L]` bool a trigger looks at."""
         for group in geometry.groups:
             k = group.ranks if self.k is None else group.ranks.clamp(max=self.k)
-            yield group, k, geometry.enough(group).cpu() & (k < group.r)
+            yield group, k, geometry.has_enough_samples(group).cpu() & (k < group.r)
 
     def _mass_ratio(self, geometry: RankSpaceGeometry) -> float | None:
         ratios = [
@@ -195,13 +195,10 @@ class Reprojection(GeometryCallback):
         """Mean drift since the references, which layers that have none yet get now."""
         drifts = []
         for group, k, looked_at in self._measured(geometry):
-            a_cov = group.a_cov
-            reference = group.references.get(self.state_key, torch.zeros_like(a_cov))
+            reference = group.reference(self.state_key)
             known = reference.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-            group.references[self.state_key] = torch.where(
-                (known | ~geometry.enough(group)).view(-1, 1, 1), reference, a_cov
-            )
-            then, now = F.eigenbasis(reference.cpu())[1], F.eigenbasis(a_cov.cpu())[1]
+            group.keep_reference(self.state_key, ~known & geometry.has_enough_samples(group))
+            then, now = F.eigenbasis(reference.cpu())[1], F.eigenbasis(group.a_cov.cpu())[1]
             drifts.append(F.principal_angle_drift(then, now, k)[looked_at & known.cpu()])
         return _mean(drifts)
 

@@ -54,7 +54,7 @@ class SpectraLogger(GeometryCallback):
             totals |= {
                 f"grit/{name}/{short_name(site.name)}": float(count)
                 for group in geometry.groups
-                for name, counts in group.counters.items()
+                for name, counts in group.counts.events().items()
                 for site, count in zip(group.sites, counts, strict=True)
                 if count
             }

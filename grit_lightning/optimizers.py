@@ -19,11 +19,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_lightning import functional as F
+from grit_lightning.geometry.moments import carry_moments
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
+from grit_lightning.geometry.sites import Side
 
-Location = tuple[RankGroup, str, int]
-RankMap = Callable[[RankGroup, str], Tensor]
+Location = tuple[RankGroup, Side, int]
+"""Where a factor is: its group, its side, its layer's index in the group."""
+RankMap = Callable[[RankGroup, Side], Tensor]
+"""Maps `[L, r, r]` of all layers of a group, for one side."""
+SIDES: tuple[Side, Side] = ("a", "b")
+_CHANGED = -1
+"""Version of a basis that no refresh has made: coordinates have changed since."""
 
 
 class GeometryAdam(Optimizer):
@@ -67,9 +75,18 @@ class GeometryAdam(Optimizer):
         self._where = {
             factor: (group, side, index)
             for group in geometry.groups
-            for side in ("a", "b")
+            for side in SIDES
             for index, factor in enumerate(group.factors(side))
         }
+
+    def change_coordinates(self, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+        """Carry the moments of the factors of all layers of `group` through a reprojection, in place.
+
+        Args:
+            group: Layers that were reprojected.
+            maps: Their maps `[L, r, r]`.
+        """
+        carry_moments(self, group, maps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,7 +146,7 @@ class GeometryAdam(Optimizer):
     def _mapped(self, parameters: list[Tensor], tensors: list[Tensor], rank_map: RankMap) -> list[Tensor]:
         """Apply M of every factor's layer to its rank axis: M t for A, t Mᵀ for B; one batched call a shape."""
         result = list(tensors)
-        buckets: dict[tuple[int, str, torch.Size], list[tuple[int, Location]]] = defaultdict(list)
+        buckets: dict[tuple[int, Side, torch.Size], list[tuple[int, Location]]] = defaultdict(list)
         for position, p in enumerate(parameters):
             if p in self._where:
                 group, side, _ = location = self._where[p]
@@ -159,6 +176,21 @@ class EigenbasisAdam(GeometryAdam):
         rotated = self._mapped(parameters, [_gradient(p) for p in parameters], lambda *at: _basis(*at).mT)
         return self._mapped(parameters, self._adam(parameters, rotated, settings), _basis)
 
+    @torch.no_grad()
+    def change_coordinates(self, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+        """Move the bases that the moments are kept in; the moments themselves stay as they are until the next step.
+
+        Args:
+            group: Layers that were reprojected.
+            maps: Their maps `[L, r, r]`.
+        """
+        of_a, of_b = F.gradient_maps(maps)
+        for side, change in zip(SIDES, (of_a, of_b.mT), strict=True):
+            for index, factor in enumerate(group.factors(side)):
+                state = self.state.get(factor)
+                if state:  # before its first step a factor has no moments
+                    state["basis"], state["version"] = change[index] @ state["basis"], _CHANGED
+
     def _follow_bases(self, parameters: list[Tensor]) -> None:
         """Bring moments that were kept in other bases to the current ones."""
         moved = []
@@ -168,8 +200,8 @@ class EigenbasisAdam(GeometryAdam):
             group, side, index = self._where[p]
             state = self.state[p]
             if "basis" not in state:
-                state["basis"], state["version"] = _basis(group, side)[index].clone(), group.basis_version
-            elif state["version"] != group.basis_version:
+                state["basis"], state["version"] = _basis(group, side)[index].clone(), group.derived.version
+            elif state["version"] != group.derived.version:
                 moved.append(p)
         for p in moved:
             group, side, index = self._where[p]
@@ -179,7 +211,7 @@ class EigenbasisAdam(GeometryAdam):
             for name, matrix in (("exp_avg", rotation), ("exp_avg_sq", rotation.square())):
                 matrix = matrix.to(state[name].dtype)
                 state[name] = matrix @ state[name] if side == "a" else state[name] @ matrix.mT
-            state["basis"], state["version"] = basis.clone(), group.basis_version
+            state["basis"], state["version"] = basis.clone(), group.derived.version
 
 
 class NaturalAdam(GeometryAdam):
@@ -193,7 +225,9 @@ class NaturalAdam(GeometryAdam):
         adam = self._adam(parameters, [_gradient(p) for p in parameters], settings)
         natural = self._mapped(parameters, [self.state[p]["exp_avg"] for p in parameters], _inverse)
         groups = {id(group): group for group, _, _ in self._where.values()}
-        ready = {key: group.ready.tolist() for key, group in groups.items()}  # one transfer a group, none a layer
+        ready = {
+            key: group.derived.ready.tolist() for key, group in groups.items()
+        }  # one transfer a group, none a layer
         use = [p in self._where and ready[id(self._where[p][0])][self._where[p][2]] for p in parameters]
         lengths, norms = torch._foreach_norm(adam), torch._foreach_norm(natural)
         updates = []
@@ -209,13 +243,13 @@ def _gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _basis(group: RankGroup, side: str) -> Tensor:
-    return group.g_basis if side == "a" else group.a_basis
+def _basis(group: RankGroup, side: Side) -> Tensor:
+    return group.derived.g_basis if side == "a" else group.derived.a_basis
 
 
-def _inverse(group: RankGroup, side: str) -> Tensor:
-    return group.g_inverse if side == "a" else group.a_inverse
+def _inverse(group: RankGroup, side: Side) -> Tensor:
+    return group.derived.g_inverse if side == "a" else group.derived.a_inverse
 
 
-def _kept(group: RankGroup, side: str) -> Tensor:
+def _kept(group: RankGroup, side: Side) -> Tensor:
     return torch.diag_embed(group.kept.float())

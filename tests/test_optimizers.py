@@ -31,9 +31,9 @@ def with_statistics(model: PeftModel, **config: Any) -> RankSpaceGeometry:
     geometry = RankSpaceGeometry(model, GeometryConfig(**config))
     for group in geometry.groups:
         layers = len(group.sites)
-        group.total.a, group.total.g = random_spd(layers, group.r, 1), random_spd(layers, group.r, 2)
-        group.total.weight = torch.ones(layers)
-        group.tokens += 1000
+        group.statistics.total.a, group.statistics.total.g = random_spd(layers, group.r, 1), random_spd(layers, group.r, 2)
+        group.statistics.total.weight = torch.ones(layers)
+        group.counts.tokens += 1000
     return geometry
 
 
@@ -73,7 +73,7 @@ def test_eigenbasis_is_adamw_on_rotated_factors(model: PeftModel) -> None:
     rotations, twins = [], []
     for p in parameters:
         group, side, index = optimizer._where[p]
-        cov = (group.total.g if side == "a" else group.total.a)[index].double()
+        cov = (group.statistics.total.g if side == "a" else group.statistics.total.a)[index].double()
         u = torch.linalg.eigh(cov)[1]
         rotations.append((side, u))
         twins.append((u.T @ p if side == "a" else p @ u).detach().requires_grad_())
@@ -97,8 +97,8 @@ def test_moments_follow_a_moving_basis(model: PeftModel) -> None:
     expected = [torch.zeros_like(p) for p in parameters]
     for seed in range(3):
         for group in geometry.groups:
-            group.total.a = random_spd(len(group.sites), group.r, 10 + seed)
-            group.total.g = random_spd(len(group.sites), group.r, 20 + seed)
+            group.statistics.total.a = random_spd(len(group.sites), group.r, 10 + seed)
+            group.statistics.total.g = random_spd(len(group.sites), group.r, 20 + seed)
         geometry.refresh()
         set_gradients(parameters, seed)
         optimizer.step()
@@ -122,7 +122,7 @@ def test_natural_steps_along_the_kfac_direction_with_adams_length(model: PeftMod
     optimizer.step()
     for p, old in zip(parameters, before, strict=True):
         group, side, index = optimizer._where[p]
-        cov = (group.total.g if side == "a" else group.total.a)[index].double() + 0.1 * torch.eye(group.r)
+        cov = (group.statistics.total.g if side == "a" else group.statistics.total.a)[index].double() + 0.1 * torch.eye(group.r)
         direction = torch.linalg.solve(cov, p.grad) if side == "a" else torch.linalg.solve(cov, p.grad.T).T
         step = (old - p).detach()
         cosine = (step * direction).sum() / step.norm() / direction.norm()
@@ -144,7 +144,7 @@ def test_the_rank_holds_through_further_steps(model: PeftModel, rule: Any) -> No
         optimizer.step()
         if seed == 2:
             for group in geometry.groups:
-                group.tokens += 1000
+                group.counts.tokens += 1000
             geometry.reproject(maps_rule("balanced"), dict.fromkeys(geometry.layers, 2), optimizer=optimizer)
     for group in geometry.groups:
         for site in group.sites:

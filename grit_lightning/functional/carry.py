@@ -5,7 +5,7 @@ g' = s·(B b_map)ᵀδ = b_mapᵀ g; statistics and optimizer moments follow fro
 is while the reprojection leaves ΔW as it was; close to it otherwise.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from torch import Tensor
 
@@ -71,21 +71,38 @@ def gradient_maps(maps: ReprojectionMaps) -> GradientMaps:
     return GradientMaps(maps.b_map.mT, maps.a_map.mT)
 
 
-def carry_first_moment(m_a: Tensor, m_b: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
+@overload
+def carry_first_moment(
+    m_a: Tensor, m_b: Tensor, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def carry_first_moment(
+    m_a: Tensor | None, m_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+def carry_first_moment(
+    m_a: Tensor | None, m_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """The optimizer's averaged gradients after a reprojection: m_A ← b_mapᵀ m_A, m_B ← m_B a_mapᵀ.
 
     For the same x and δ the gradients at the new factors are ∇A' = (s·B'ᵀδ)xᵀ = b_mapᵀ ∇A and ∇B' = s·δ(A'x)ᵀ = ∇B
-    a_mapᵀ; an average of gradients follows the same linear map.
+    a_mapᵀ; an average of gradients follows the same linear map. An average of preconditioned gradients moves like the
+    factors themselves, m_A ← a_map m_A and m_B ← m_B b_map, because (Σ_g')⁻¹ b_mapᵀ ∇A = a_map Σ_g⁻¹ ∇A for
+    b_map = a_map⁻¹.
 
     Source: beyond the paper.
 
     Args:
-        m_a: First moment of A ``[L, r, d_in]``.
-        m_b: First moment of B ``[L, d_out, r]``.
+        m_a: First moment of A `[L, r, d_in]`; None for factors without one.
+        m_b: First moment of B `[L, d_out, r]`; None for factors without one.
         maps: The reprojection.
+        preconditioned: Whether the moments average preconditioned gradients instead of raw ones.
 
     Returns:
-        The carried (m_A, m_B), each in its own dtype.
+        The carried (m_A, m_B), each in its own dtype; None where None was given.
 
     Example:
         >>> import torch
@@ -93,14 +110,31 @@ def carry_first_moment(m_a: Tensor, m_b: Tensor, maps: ReprojectionMaps) -> tupl
         >>> maps = ReprojectionMaps(a_map=2 * one, b_map=one / 2)
         >>> [m.item() for m in carry_first_moment(one, one, maps)]
         [0.5, 2.0]
+        >>> [m.item() for m in carry_first_moment(one, one, maps, preconditioned=True)]
+        [2.0, 0.5]
     """
-    left, right = gradient_maps(maps)
-    carried_a = left @ m_a.to(left.dtype)
-    carried_b = m_b.to(right.dtype) @ right
-    return carried_a.to(m_a.dtype), carried_b.to(m_b.dtype)
+    left, right = maps if preconditioned else gradient_maps(maps)
+    return (
+        None if m_a is None else (left @ m_a.to(left.dtype)).to(m_a.dtype),
+        None if m_b is None else (m_b.to(right.dtype) @ right).to(m_b.dtype),
+    )
 
 
-def carry_second_moment(v_a: Tensor, v_b: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
+@overload
+def carry_second_moment(
+    v_a: Tensor, v_b: Tensor, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def carry_second_moment(
+    v_a: Tensor | None, v_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+def carry_second_moment(
+    v_a: Tensor | None, v_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """Adam's averaged squared gradients after a reprojection, by the elementwise-squared maps of the first moment.
 
     An approximation: E[(Σ_j m_ij ∇_j)²] = Σ_j m_ij² E[∇_j²] + cross terms, and the cross terms E[∇_j ∇_l] are not
@@ -110,12 +144,13 @@ def carry_second_moment(v_a: Tensor, v_b: Tensor, maps: ReprojectionMaps) -> tup
     Source: beyond the paper.
 
     Args:
-        v_a: Second moment of A ``[L, r, d_in]``.
-        v_b: Second moment of B ``[L, d_out, r]``.
+        v_a: Second moment of A `[L, r, d_in]`; None for factors without one.
+        v_b: Second moment of B `[L, d_out, r]`; None for factors without one.
         maps: The reprojection.
+        preconditioned: Whether the moments average preconditioned gradients instead of raw ones.
 
     Returns:
-        The carried (v_A, v_B), nonnegative, each in its own dtype.
+        The carried (v_A, v_B), nonnegative, each in its own dtype; None where None was given.
 
     Example:
         >>> import torch
@@ -124,4 +159,5 @@ def carry_second_moment(v_a: Tensor, v_b: Tensor, maps: ReprojectionMaps) -> tup
         >>> [v.item() for v in carry_second_moment(one, one, maps)]
         [0.25, 4.0]
     """
-    return carry_first_moment(v_a, v_b, ReprojectionMaps(maps.a_map.square(), maps.b_map.square()))
+    squared = ReprojectionMaps(maps.a_map.square(), maps.b_map.square())
+    return carry_first_moment(v_a, v_b, squared, preconditioned=preconditioned)

@@ -10,7 +10,7 @@ runs in float32 or better; gradients return in the dtype they came in.
 """
 
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -167,14 +167,14 @@ def damped_inverse(cov: Tensor, damping: Tensor, max_attempts: int = 6) -> Dampe
 def precondition_a(grad_a: Tensor, left: Tensor) -> Tensor:
     """Precondition ∇A from the left: ∇A ← left ∇A.
 
-    Source: paper § 'K-FAC'; ``left`` = (Σ_g + λI)⁻¹ under ``kfac``.
+    Source: paper § 'K-FAC'; `left` = (Σ_g + λI)⁻¹ under `kfac`.
 
     Args:
-        grad_a: Gradients of the down-projections, ``[L, r, d_in]``.
-        left: Inverse factors, ``[L, r, r]``.
+        grad_a: Gradients of the down-projections, `[L, r, d_in]`.
+        left: Inverse factors, `[L, r, r]`.
 
     Returns:
-        The preconditioned gradients in the dtype of ``grad_a``.
+        The preconditioned gradients in the dtype of `grad_a`.
 
     Example:
         >>> precondition_a(torch.ones(1, 2, 1), torch.diag(torch.tensor([2.0, 3.0]))[None]).flatten()
@@ -186,14 +186,14 @@ def precondition_a(grad_a: Tensor, left: Tensor) -> Tensor:
 def precondition_b(grad_b: Tensor, right: Tensor) -> Tensor:
     """Precondition ∇B from the right: ∇B ← ∇B right.
 
-    Source: paper § 'K-FAC'; ``right`` = (Σ_a + λI)⁻¹ under ``kfac``.
+    Source: paper § 'K-FAC'; `right` = (Σ_a + λI)⁻¹ under `kfac`.
 
     Args:
-        grad_b: Gradients of the up-projections, ``[L, d_out, r]``.
-        right: Inverse factors, ``[L, r, r]``.
+        grad_b: Gradients of the up-projections, `[L, d_out, r]`.
+        right: Inverse factors, `[L, r, r]`.
 
     Returns:
-        The preconditioned gradients in the dtype of ``grad_b``.
+        The preconditioned gradients in the dtype of `grad_b`.
 
     Example:
         >>> precondition_b(torch.ones(1, 1, 2), torch.diag(torch.tensor([2.0, 3.0]))[None]).flatten()
@@ -202,22 +202,42 @@ def precondition_b(grad_b: Tensor, right: Tensor) -> Tensor:
     return (grad_b.to(right.dtype) @ right).to(grad_b.dtype)
 
 
+@overload
 def precondition(
     grad_a: Tensor, grad_b: Tensor, a_inverse: Tensor, g_inverse: Tensor, pairing: Pairing | str = Pairing.KFAC
-) -> tuple[Tensor, Tensor]:
-    """Precondition both gradients: ∇A ← (Σ_g + λI)⁻¹ ∇A and ∇B ← ∇B (Σ_a + λI)⁻¹ (``kfac``), or the factors swapped.
+) -> tuple[Tensor, Tensor]: ...
 
-    Source: paper § 'K-FAC' for ``kfac``; the published code for ``swapped``.
+
+@overload
+def precondition(
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    a_inverse: Tensor,
+    g_inverse: Tensor,
+    pairing: Pairing | str = Pairing.KFAC,
+) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+def precondition(
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    a_inverse: Tensor,
+    g_inverse: Tensor,
+    pairing: Pairing | str = Pairing.KFAC,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Precondition both gradients: ∇A ← (Σ_g + λI)⁻¹ ∇A and ∇B ← ∇B (Σ_a + λI)⁻¹ (`kfac`), or the factors swapped.
+
+    Source: paper § 'K-FAC' for `kfac`; the published code for `swapped`.
 
     Args:
-        grad_a: ``[L, r, d_in]``.
-        grad_b: ``[L, d_out, r]``.
-        a_inverse: (Σ_a + λI)⁻¹, ``[L, r, r]``.
-        g_inverse: (Σ_g + λI)⁻¹, ``[L, r, r]``.
-        pairing: A ``Pairing`` or its value.
+        grad_a: `[L, r, d_in]`; None for factors that are frozen.
+        grad_b: `[L, d_out, r]`; None for factors that are frozen.
+        a_inverse: (Σ_a + λI)⁻¹, `[L, r, r]`.
+        g_inverse: (Σ_g + λI)⁻¹, `[L, r, r]`.
+        pairing: A `Pairing` or its value.
 
     Returns:
-        The preconditioned (∇A, ∇B), each in its own dtype.
+        The preconditioned (∇A, ∇B), each in its own dtype; None where None was given.
 
     Raises:
         ValueError: An unknown pairing.
@@ -229,7 +249,10 @@ def precondition(
     """
     if _option(Pairing, pairing, "pairing") is Pairing.SWAPPED:
         a_inverse, g_inverse = g_inverse, a_inverse
-    return precondition_a(grad_a, g_inverse), precondition_b(grad_b, a_inverse)
+    return (
+        None if grad_a is None else precondition_a(grad_a, g_inverse),
+        None if grad_b is None else precondition_b(grad_b, a_inverse),
+    )
 
 
 def graft(new: Tensor, raw: Tensor) -> Tensor:

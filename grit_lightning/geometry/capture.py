@@ -19,9 +19,9 @@ from grit_lightning.geometry.stopwatch import Stopwatch
 
 
 class RankSpaceCapture:
-    """Adds a aᵀ and g gᵀ of every backward pass inside a recording to the micro-batch sums of the rank groups.
+    """Adds a aᵀ and g gᵀ of every backward pass while it listens to the micro-batch sums of the rank groups.
 
-    A forward pass outside of a recording, or without gradients (evaluation, the first pass of re-entrant activation
+    A forward pass at any other time, or without gradients (evaluation, the first pass of re-entrant activation
     checkpointing), leaves no trace. A recomputed forward pass registers a hook that never fires, so that checkpointing
     counts once; a module that runs twice counts both of its uses.
     """
@@ -32,7 +32,7 @@ class RankSpaceCapture:
         self._token_mask: Tensor | None = None
         self._gradient_scale: Tensor | float = 1.0
         self._loss_scale: Tensor | float | None = None
-        self._records = False
+        self._measures = False
         self._handles = [
             site.down.register_forward_hook(partial(self._on_forward, group, index))
             for group in groups
@@ -40,7 +40,7 @@ class RankSpaceCapture:
         ]
 
     def start(
-        self, token_mask: Tensor, gradient_scale: Tensor | float, *, records: bool, loss_scale: Tensor | float | None
+        self, token_mask: Tensor, gradient_scale: Tensor | float, *, measures: bool, loss_scale: Tensor | float | None
     ) -> None:
         """Begin to listen.
 
@@ -48,21 +48,21 @@ class RankSpaceCapture:
             token_mask: `[B, T]` bool, True where a token is real.
             gradient_scale: Factor that turns the gradients autograd will deliver into gradients of the sum of token
                 losses.
-            records: Whether this micro-batch adds to the statistics.
+            measures: Whether this micro-batch adds to the statistics.
             loss_scale: Factor in front of the mean loss (AMP scale / accumulation steps) if regularisers are on, which
                 then add their gradient; None otherwise.
         """
         self._token_mask, self._gradient_scale = token_mask, gradient_scale
-        self._records, self._loss_scale = records, loss_scale
+        self._measures, self._loss_scale = measures, loss_scale
 
     def stop(self) -> None:
-        """Stop recording."""
+        """Stop listening."""
         self._token_mask = None
 
     @property
     def token_mask(self) -> Tensor | None:
-        """Mask of the micro-batch being recorded, None outside of a recording."""
-        return self._token_mask if self._records else None
+        """Mask of the micro-batch that is measured, None where none is."""
+        return self._token_mask if self._measures else None
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -81,10 +81,10 @@ class RankSpaceCapture:
                 "out of `adapter.target_modules`, or set `geometry: null`."
             )
         activation, mask, scale = output.detach(), mask.reshape(output.shape[:-1]), self._gradient_scale
-        if self._records:
+        if self._measures:
             output.register_hook(lambda gradient: self._on_gradient(group, index, activation, gradient, mask, scale))
-        if self._loss_scale is not None and group.penalty is not None:
-            form, factor = group.penalty[index], self._loss_scale / mask.sum()
+        if self._loss_scale is not None and group.derived.penalty is not None:
+            form, factor = group.derived.penalty[index], self._loss_scale / mask.sum()
             output.register_hook(
                 lambda gradient: gradient + _penalty_gradient(activation, form, mask, factor, gradient)
             )
@@ -94,8 +94,8 @@ class RankSpaceCapture:
         self, group: RankGroup, index: int, activation: Tensor, gradient: Tensor, mask: Tensor, scale: Tensor | float
     ) -> None:
         with self._stopwatch("capture"):
-            group.micro.a[index] += F.masked_gram(activation, mask)
-            group.micro.g[index] += F.masked_gram(gradient.float() * scale, mask)
+            group.statistics.micro.a[index] += F.masked_gram(activation, mask)
+            group.statistics.micro.g[index] += F.masked_gram(gradient.float() * scale, mask)
             group.calls[index] += 1
 
 

@@ -13,8 +13,8 @@ from grit_lightning.geometry.moments import carry_optimizer_state
 from grit_lightning.geometry.rank_group import RankGroup
 
 MapsRule = Callable[[Tensor, Tensor, Tensor, Tensor], F.ReprojectionMaps]
-"""`(Σ_a, Σ_g, kept, enough_g) → maps`, stacked over layers: kept `[L, r]` bool marks the coordinates that stay, enough_g `[L]`
-where Σ_g can be relied on."""
+"""`(Σ_a, Σ_g, kept, reliable_g) → maps`, stacked over layers: kept `[L, r]` bool marks the coordinates that stay,
+reliable_g `[L]` bool the layers whose Σ_g can be relied on."""
 
 
 class CoordinateChange:
@@ -23,7 +23,7 @@ class CoordinateChange:
     Args:
         group: The layers.
         ranks: New effective ranks by layer name; layers not named keep theirs.
-        left_out: By layer name, a coordinate to zero in B this once.
+        masked_coordinate: By layer name, a coordinate to zero in B this once.
         enough: `[L]` bool, layers with enough samples; others stay as they are.
         only_where_needed: Leave layers alone whose rank does not change and that lose no coordinate.
 
@@ -35,7 +35,7 @@ class CoordinateChange:
         self,
         group: RankGroup,
         ranks: Mapping[str, int],
-        left_out: Mapping[str, int],
+        masked_coordinate: Mapping[str, int],
         enough: Tensor,
         only_where_needed: bool,
     ) -> None:
@@ -49,37 +49,36 @@ class CoordinateChange:
                 f"Effective ranks must lie in 1 … r = {group.r}, got {sorted(set(self._wanted.tolist()))}."
             )
         self._kept = F.rank_mask(self._wanted, group.r)
-        holes = torch.tensor([site.name in left_out for site in group.sites])
-        for index in holes.nonzero().flatten().tolist():
-            self._kept[index, left_out[group.sites[index].name]] = False
-        self._falling = (group.ranks > self._wanted) | holes
-        self._rising = (group.ranks < self._wanted) & ~holes
+        masked = torch.tensor([site.name in masked_coordinate for site in group.sites])
+        for index in masked.nonzero().flatten().tolist():
+            self._kept[index, masked_coordinate[group.sites[index].name]] = False
+        self._falling = (group.ranks > self._wanted) | masked
+        self._rising = (group.ranks < self._wanted) & ~masked
 
     def apply(self, rule: MapsRule, blend: float, optimizer: Optimizer | None) -> None:
         """Transform weights, statistics and moments; set the ranks if the projection is full (blend 1)."""
         group, maps = self._group, self._maps(rule)
         if blend == 1.0:
             group.ranks = torch.where(self._enough.cpu(), self._wanted, group.ranks)
-        group.apply("a", lambda factor: factor.data, lambda stack, layers: maps.a_map[layers] @ stack.float())
         kept = group.kept.unsqueeze(-2)  # exactly zero beyond the rank, where products of maps leave rounding behind
-        group.apply(
-            "b", lambda factor: factor.data, lambda stack, layers: stack.float() @ maps.b_map[layers] * kept[layers]
-        )
-        group.total.a, group.total.g = F.carry_covariances(group.total.a, group.total.g, maps)
-        group.gradient_gram, *references = (
-            F.carry_covariances(matrix, matrix, maps)[0] for matrix in (group.gradient_gram, *group.references.values())
-        )
-        group.references = dict(zip(group.references, references, strict=True))
+
+        def update(a: Tensor | None, b: Tensor | None, layers: Tensor) -> tuple[Tensor, Tensor]:
+            assert a is not None
+            assert b is not None  # every factor has data
+            return maps.a_map[layers] @ a.float(), b.float() @ maps.b_map[layers] * kept[layers]
+
+        group.update_pairs(lambda factor: factor.data, update)
+        group.statistics.change_coordinates(maps)
         if optimizer is not None:
             carry_optimizer_state(optimizer, group, maps)
 
     def _maps(self, rule: MapsRule) -> F.ReprojectionMaps:
         group, enough = self._group, self._enough
-        seen_g = group.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        seen_g = group.statistics.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         moving = enough & self._falling.to(group.device) if self._only_where_needed else enough
         maps = _where(moving, rule(group.a_cov, group.g_cov, self._kept.to(group.device), enough & seen_g))
         if self._only_where_needed and bool(self._rising.any()):
-            regrowth = F.regrowth(group.a_cov, group.gradient_gram, group.ranks.to(group.device))
+            regrowth = F.regrowth(group.a_cov, group.statistics.gradient_gram, group.ranks.to(group.device))
             maps = _where(enough & self._rising.to(group.device), regrowth.maps, maps)
         return maps
 

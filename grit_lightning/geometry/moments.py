@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
-from grit_lightning.geometry.rank_group import RankGroup
+from grit_lightning.geometry.rank_group import RankGroup, ReadTensor, UpdatePair
 
 FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "mu"})
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 
 
-@torch.no_grad()
-def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
-    """Transform the moments of A and B of all layers of `group` in place, as `functional.carry` derives.
+@runtime_checkable
+class ChangesCoordinates(Protocol):
+    """An optimizer that carries its own state through a change of coordinates, as those of `optimizers` do."""
 
-    First moments are carried exactly (they are linear in the gradients), second moments by the squared maps, which
-    ignores covariances between gradient entries. An average of raw gradients moves like a gradient (A's by b_mapᵀ from the
-    left, B's by a_mapᵀ from the right); an average of preconditioned ones moves like the factors themselves, because
-    (Σ_g')⁻¹ b_mapᵀ ∇A = a_map Σ_g⁻¹ ∇A for b_map = a_map⁻¹. State of the parameter's shape that is neither is set to zero, with
-    a warning, since keeping it would apply old coordinates to new ones.
+    def change_coordinates(self, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+        """Carry the state of the factors of all layers of `group` through `maps` `[L, r, r]`, in place."""
+
+
+def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+    """Carry the moments of A and B of all layers of `group` along, by the optimizer's own rule if it has one.
 
     Args:
         optimizer: Any torch optimizer over the adapter's parameters.
         group: Layers that were reprojected.
         maps: Their maps `[L, r, r]`.
     """
-    _move_bases(optimizer, group, maps)
-    kept = group.kept.float()
+    if isinstance(optimizer, ChangesCoordinates):
+        optimizer.change_coordinates(group, maps)
+    else:
+        carry_moments(optimizer, group, maps)
+
+
+@torch.no_grad()
+def carry_moments(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+    """Carry moments that are kept in the coordinates of the factors, in place, as `functional.carry` derives.
+
+    First moments are carried exactly (they are linear in the gradients), second moments by the squared maps, which
+    ignores covariances between gradient entries. State of the parameter's shape that is neither is set to zero, with a
+    warning, since keeping it would apply old coordinates to new ones.
+
+    Args:
+        optimizer: Any torch optimizer over the adapter's parameters.
+        group: Layers that were reprojected.
+        maps: Their maps `[L, r, r]`.
+    """
     names = {
         name
-        for side in ("a", "b")
-        for factor in group.factors(side)
+        for factor in (*group.factors("a"), *group.factors("b"))
         for name, value in optimizer.state.get(factor, {}).items()
-        if torch.is_tensor(value) and value.shape == factor.shape and "basis" not in optimizer.state[factor]
+        if torch.is_tensor(value) and value.shape == factor.shape
     }
     unknown = sorted(names - FIRST_MOMENTS - SECOND_MOMENTS)
     if unknown:
@@ -48,21 +65,10 @@ def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.Reproj
             stacklevel=2,
         )
     for name in sorted(names):
-        for side in ("a", "b"):
-            group.apply(side, _reader(optimizer, name), _carrier(name, side, maps, kept, group.natural))
+        group.update_pairs(_reader(optimizer, name), _carrier(name, group, maps))
 
 
-def _move_bases(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
-    """Moments kept in a basis of their own stay as they are; the basis is what moves."""
-    left, right = F.gradient_maps(maps)
-    for side, change in (("a", left), ("b", right.mT)):
-        for index, factor in enumerate(group.factors(side)):
-            state = optimizer.state.get(factor, {})
-            if "basis" in state:
-                state["basis"], state["version"] = change[index] @ state["basis"], -1
-
-
-def _reader(optimizer: Optimizer, name: str) -> Callable[[Tensor], Tensor | None]:
+def _reader(optimizer: Optimizer, name: str) -> ReadTensor:
     def read(factor: Tensor) -> Tensor | None:
         value = optimizer.state.get(factor, {}).get(name)
         return value if torch.is_tensor(value) and value.shape == factor.shape else None
@@ -70,18 +76,18 @@ def _reader(optimizer: Optimizer, name: str) -> Callable[[Tensor], Tensor | None
     return read
 
 
-def _carrier(
-    name: str, side: str, maps: F.ReprojectionMaps, kept: Tensor, natural: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    left, right = maps if natural else F.gradient_maps(maps)
-    if name in SECOND_MOMENTS:
-        left, right = left.square(), right.square()
+def _carrier(name: str, group: RankGroup, maps: F.ReprojectionMaps) -> UpdatePair:
+    kept, preconditioned = group.kept.float(), group.last_step_preconditioned
 
-    def update(stack: Tensor, layers: Tensor) -> Tensor:
+    def update(of_a: Tensor | None, of_b: Tensor | None, layers: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if name not in FIRST_MOMENTS | SECOND_MOMENTS:
-            return torch.zeros_like(stack)
-        if side == "a":
-            return left[layers] @ stack.float() * kept[layers].unsqueeze(-1)
-        return stack.float() @ right[layers] * kept[layers].unsqueeze(-2)
+            return (None if of_a is None else torch.zeros_like(of_a), None if of_b is None else torch.zeros_like(of_b))
+        carry = F.carry_first_moment if name in FIRST_MOMENTS else F.carry_second_moment
+        here = F.ReprojectionMaps(maps.a_map[layers], maps.b_map[layers])
+        new_a, new_b = carry(of_a, of_b, here, preconditioned=preconditioned)
+        return (
+            None if new_a is None else new_a * kept[layers].unsqueeze(-1),
+            None if new_b is None else new_b * kept[layers].unsqueeze(-2),
+        )
 
     return update

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from grit_lightning import functional as F
 from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.derived import Derived
 from grit_lightning.geometry.rank_group import RankGroup
 
 
@@ -23,8 +22,10 @@ class Preconditioner:
         """Remember the settings; all state is the group's."""
         self._config = config
 
+    # Refreshing.
+
     def refresh(self, group: RankGroup, step: int, *, with_bases: bool) -> None:
-        """Invert the damped factors, one batched Cholesky each, over the coordinates below the effective rank.
+        """Derive everything anew: one batched Cholesky a factor, over the coordinates below the effective rank.
 
         Args:
             group: Layers to refresh.
@@ -34,82 +35,42 @@ class Preconditioner:
         kept = group.kept
         block = kept.unsqueeze(-1) & kept.unsqueeze(-2)
         device = torch.device("cpu") if self._config.kfac_inversion_device == "cpu" else group.device
-        inverses, bases = [], []
-        for cov in (group.a_cov, group.g_cov):
+        inverses, bases = [], [group.derived.a_basis, group.derived.g_basis]
+        ready = group.counts.tokens >= self._config.kfac_min_samples
+        for side, cov in enumerate((group.a_cov, group.g_cov)):
             cov = cov.masked_fill(~block, 0.0).to(device)
             if with_bases:
-                bases.append(F.eigenbasis(cov)[1].to(group.device))
+                identity = torch.eye(group.r, device=group.device)
+                vectors = F.eigenbasis(cov)[1].to(group.device)
+                bases[side] = torch.where(ready.view(-1, 1, 1), vectors, identity)
             result = F.damped_inverse(cov, self._damping(group, cov, step))
             climbed = (result.attempts - 1).clamp(min=0).masked_fill(result.failed & (cov == 0).flatten(1).all(-1), 0)
-            group.escalations += climbed.to(group.device)
+            group.counts.escalations += climbed.to(group.device)
             inverses.append(result.inverse.to(group.device))
-        group.a_inverse, group.g_inverse = inverses
-        group.ready = group.tokens >= self._config.kfac_min_samples
-        group.any_ready = bool(group.ready.any())  # the one host sync, so that steps need none
-        if self._config.regularised:
-            group.penalty = self._penalty_form(group, step)
-        if with_bases:
-            identity = torch.eye(group.r, device=group.device)
-            group.a_basis, group.g_basis = (torch.where(group.ready.view(-1, 1, 1), u, identity) for u in bases)
-            group.basis_version += 1
-
-    def apply(self, group: RankGroup, step: int, wanted: bool) -> None:
-        """Precondition the gradients of a group in place, if wanted, and keep dropped directions still.
-
-        Args:
-            group: Layers whose factors have gradients.
-            step: Number of the optimizer step under way, from 1.
-            wanted: False leaves gradients raw, but for the dropped directions.
-        """
-        active = wanted and step > self._config.ng_warmup_steps and group.any_ready
-        group.natural = active
-        reduced = bool((group.ranks < group.r).any())
-        if not active and not reduced:
-            return
-        swapped = self._config.pairing == F.Pairing.SWAPPED.value
-        left, right = (group.a_inverse, group.g_inverse) if swapped else (group.g_inverse, group.a_inverse)
-        kept = group.kept.float()
-
-        def transform(side: str) -> Callable[[Tensor, Tensor], Tensor]:
-            def update(raw: Tensor, layers: Tensor) -> Tensor:
-                result = raw.float()
-                if reduced and side == "b":
-                    group.observe_gradients(result, layers, self._config.decay)
-                if active:
-                    result = self._preconditioned(group, result, layers, side, left if side == "a" else right)
-                shape = (-1, group.r, 1) if side == "a" else (-1, 1, group.r)
-                return result * kept[layers].view(shape) if reduced else result
-
-            return update
-
-        for side in ("a", "b"):
-            group.apply(side, lambda factor: factor.grad, transform(side))
-
-    def _preconditioned(self, group: RankGroup, raw: Tensor, layers: Tensor, side: str, inverse: Tensor) -> Tensor:
-        """Precondition stacked gradients, graft, and fall back to the raw gradient where the result is not finite."""
-        apply = F.precondition_a if side == "a" else F.precondition_b
-        new = apply(raw, inverse[layers])
-        if self._config.grafting:
-            new = F.graft(new, raw)
-        if self._config.trust_clip is not None:
-            new = F.trust_clip(new, raw, self._config.trust_clip)
-        new, fell_back = F.finite_or_raw(new, raw)
-        group.fallbacks.index_add_(0, layers, fell_back.long())
-        return torch.where(group.ready[layers].view(-1, 1, 1), new, raw)
+        group.derived = Derived(
+            a_inverse=inverses[0],
+            g_inverse=inverses[1],
+            a_basis=bases[0],
+            g_basis=bases[1],
+            ready=ready,
+            any_ready=bool(ready.any()),  # the one host sync, so that steps need none
+            penalty=self._penalty_form(group, ready, step) if self._config.regularised else None,
+            version=group.derived.version + 1,
+        )
 
     def _damping(self, group: RankGroup, cov: Tensor, step: int) -> Tensor:
         """λ `[L]` of one factor, by the configured mode."""
-        noise = group.quantization_noise if self._config.damping_mode == "quantization_aware" else None
+        noise = group.quantization_noise
         return F.damping_levels(
             cov,
             self._config.kfac_damping,
             self._config.damping_mode,
-            tokens=(group.tokens / max(step, 1)).to(cov.device),
+            tokens=(group.counts.tokens / max(step, 1)).to(cov.device),
             reference_tokens=self._config.damping_reference_tokens,
             noise=None if noise is None else noise.to(cov.device),
         )
 
-    def _penalty_form(self, group: RankGroup, step: int) -> Tensor:
+    def _penalty_form(self, group: RankGroup, ready: Tensor, step: int) -> Tensor:
         """Q `[L, r, r]` of the regularisers at the weights of this step, for the layers with enough samples."""
         warmup = self._config.penalty_warmup_steps
         ramp = 1.0 if warmup == 0 else min(1.0, step / warmup)
@@ -121,4 +82,53 @@ class Preconditioner:
         form = form + F.reprojection_form(
             F.projector(vectors, group.kept.sum(-1)), gram, ramp * self._config.reprojection_penalty
         )
-        return form * group.ready.view(-1, 1, 1)
+        return form * ready.view(-1, 1, 1)
+
+    # Applying.
+
+    def apply(self, group: RankGroup, step: int, wanted: bool) -> None:
+        """Precondition the gradients of a group in place, if wanted, and keep dropped directions still.
+
+        Args:
+            group: Layers whose factors have gradients.
+            step: Number of the optimizer step under way, from 1.
+            wanted: False leaves gradients raw, but for the dropped directions.
+        """
+        preconditions = wanted and step > self._config.ng_warmup_steps and group.derived.any_ready
+        group.last_step_preconditioned = preconditions
+        reduced = bool((group.ranks < group.r).any())
+        if not preconditions and not reduced:
+            return
+        kept = group.kept.float()
+
+        def update(of_a: Tensor | None, of_b: Tensor | None, layers: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            raw_a, raw_b = (None if raw is None else raw.float() for raw in (of_a, of_b))
+            if reduced and raw_b is not None:
+                group.statistics.add_gradients(raw_b, layers, self._config.decay)
+            new_a, new_b = self._preconditioned(group, raw_a, raw_b, layers) if preconditions else (raw_a, raw_b)
+            if reduced:
+                new_a = None if new_a is None else new_a * kept[layers].unsqueeze(-1)
+                new_b = None if new_b is None else new_b * kept[layers].unsqueeze(-2)
+            return new_a, new_b
+
+        group.update_pairs(lambda factor: factor.grad, update)
+
+    def _preconditioned(
+        self, group: RankGroup, raw_a: Tensor | None, raw_b: Tensor | None, layers: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Precondition stacked gradients of the layers `[n]`."""
+        inverses = group.derived.a_inverse[layers], group.derived.g_inverse[layers]
+        new_a, new_b = F.precondition(raw_a, raw_b, *inverses, self._config.pairing)
+        return self._safeguarded(group, new_a, raw_a, layers), self._safeguarded(group, new_b, raw_b, layers)
+
+    def _safeguarded(self, group: RankGroup, new: Tensor | None, raw: Tensor | None, layers: Tensor) -> Tensor | None:
+        """Graft, clip, and fall back to the raw gradient where the result is not finite or the layer is not ready."""
+        if new is None or raw is None:
+            return None
+        if self._config.grafting:
+            new = F.graft(new, raw)
+        if self._config.trust_clip is not None:
+            new = F.trust_clip(new, raw, self._config.trust_clip)
+        new, fell_back = F.finite_or_raw(new, raw)
+        group.counts.fallbacks.index_add_(0, layers, fell_back.long())
+        return torch.where(group.derived.ready[layers].view(-1, 1, 1), new, raw)

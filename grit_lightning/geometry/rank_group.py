@@ -1,156 +1,177 @@
-"""State of all layers that share one LoRA rank, stacked so that every operation is one batched call.
+"""All layers that share one LoRA rank, stacked so that every operation is one batched call.
 
-Shapes: L layers of the group, r their rank; statistics `[L, r, r]` float32 on the adapter's device, ranks on the CPU.
+    RankGroup ── statistics   what was measured                 (`RunningStatistics`)
+              ── counts       how often                         (`LayerCounts`)
+              ── derived      inverses and bases, replaced as a whole at a refresh   (`Derived`)
+              ── ranks        how many directions are in force
+
+Shapes: L layers of the group, r their rank. Only `grit_lightning.geometry` writes any of it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grit_lightning import functional as F
+from grit_lightning.geometry.derived import Derived
 from grit_lightning.geometry.quantization import relative_quantization_noise
-from grit_lightning.geometry.sites import LoraSite
+from grit_lightning.geometry.sites import LoraSite, Side
+from grit_lightning.geometry.statistics import LayerCounts, RunningStatistics
 
-
-class Statistics:
-    """Token-weighted sums of a aᵀ and g gᵀ `[L, r, r]` with the weight `[L]` (tokens) they were summed over."""
-
-    def __init__(self, layers: int, r: int) -> None:
-        """Start empty."""
-        self.a = torch.zeros(layers, r, r)
-        self.g = torch.zeros(layers, r, r)
-        self.weight = torch.zeros(layers)
-
-    def tensors(self) -> list[Tensor]:
-        """The three tensors, for transport and persistence."""
-        return [self.a, self.g, self.weight]
-
-    def to(self, device: torch.device) -> None:
-        """Move to `device`."""
-        self.a, self.g, self.weight = (tensor.to(device) for tensor in self.tensors())
-
-    def absorb(self, other: Statistics, decay: float = 1.0) -> None:
-        """Fade what is here by `decay`, add `other` and empty it."""
-        self.a = F.accumulate(self.a, other.a, decay)
-        self.g = F.accumulate(self.g, other.g, decay)
-        self.weight = F.accumulate(self.weight, other.weight, decay)
-        other.clear()
-
-    def clear(self) -> None:
-        """Set to zero in place."""
-        for tensor in self.tensors():
-            tensor.zero_()
+ReadTensor = Callable[[Tensor], Tensor | None]
+"""Takes a factor and returns the tensor to update (its data, its gradient …), or None to leave it out."""
+UpdatePair = Callable[[Tensor | None, Tensor | None, Tensor], tuple[Tensor | None, Tensor | None]]
+"""`(of A [n, r, d_in], of B [n, d_out, r], layers [n]) → both, updated`; None where a factor was left out."""
 
 
 class RankGroup:
-    """Stacked statistics, inverses and effective ranks of the layers with one rank.
+    """Statistics, derived quantities and effective ranks of the layers with one rank.
 
     Attributes:
         sites: The adapted layers, in the order of the leading dimension.
         r: Their allocated rank.
-        micro: Sums of the micro-batch under way.
-        window: Finite micro-batches of the accumulation window under way.
-        local: Finished windows of this process that have not been summed over processes yet.
-        total: The running estimate, equal on all processes.
-        tokens: `[L]` int64, tokens behind `total` and `local`, never faded.
-        rejected: `[L]` int64, micro-batches left out because they were not finite.
-        heard: `[L]` int64, uses of the layer that have sent statistics. This and the two counts above are of all processes
-            as of the last time that these told each other, and of this process since.
-        fallbacks: `[L]` int64, gradients of A or B whose preconditioned version was not finite, so that the raw one was used.
-        escalations: `[L]` int64, rungs of the damping ladder climbed at refreshes.
+        statistics: What was measured.
+        counts: Tokens, captures and events of each layer.
+        derived: What the last refresh made of the statistics.
         ranks: `[L]` int64 on the CPU, effective rank k: the first k coordinates carry the adapter.
-        a_inverse: `[L, r, r]`, (Σ_a + λI)⁻¹ as of the last refresh.
-        g_inverse: `[L, r, r]`, (Σ_g + λI)⁻¹ as of the last refresh.
-        a_basis: `[L, r, r]`, eigenvectors of Σ_a as of the last refresh, if the optimizer wants them.
-        g_basis: `[L, r, r]`, eigenvectors of Σ_g, likewise.
-        basis_version: Counts refreshes of the bases.
-        natural: Whether the optimizer was last handed preconditioned gradients, so that its moments average those.
-        gradient_gram: `[L, r, r]`, ∇Bᵀ∇B summed over the steps taken at a reduced rank, fading like the statistics: the
-            only evidence that there is on dropped directions.
-        references: Matrices `[L, r, r]` by name that follow every change of coordinates as Σ_a does, for comparison later.
-        penalty: `[L, r, r]`, the quadratic forms of the regularisers as of the last refresh; None while they are off.
-        ready: `[L]` bool, layers whose inverses and bases may be applied; `any_ready` whether there is one.
+        calls: Uses of each layer in the micro-batch under way.
+        quantization_noise: `[L]` relative squared error of the quantised base layers, once it has been measured.
+        last_step_preconditioned: Whether the optimizer was last handed preconditioned gradients, so that its moments
+            average those.
     """
-
-    SHARED_COUNTS = ("tokens", "rejected", "heard")
-    PERSISTENT = (
-        *SHARED_COUNTS,
-        *("fallbacks", "escalations", "ranks"),
-        *("a_inverse", "g_inverse", "a_basis", "g_basis", "ready", "gradient_gram"),
-    )
 
     def __init__(self, sites: Sequence[LoraSite]) -> None:
         """Allocate empty state for `sites`, which share one rank."""
         self.sites = list(sites)
         self.r = self.sites[0].r
         layers = len(self.sites)
-        self.micro, self.window, self.local, self.total = (Statistics(layers, self.r) for _ in range(4))
-        self.tokens = torch.zeros(layers, dtype=torch.int64)
-        self.rejected = torch.zeros(layers, dtype=torch.int64)
-        self.heard = torch.zeros(layers, dtype=torch.int64)
-        self._told = torch.zeros(len(self.SHARED_COUNTS), layers, dtype=torch.int64)
-        self.fallbacks = torch.zeros(layers, dtype=torch.int64)
-        self.escalations = torch.zeros(layers, dtype=torch.int64)
+        self.statistics = RunningStatistics(layers, self.r)
+        self.counts = LayerCounts(layers)
+        self.derived = Derived.before_any_refresh(layers, self.r)
         self.ranks = torch.full((layers,), self.r, dtype=torch.int64)
-        identity = torch.eye(self.r).expand(layers, self.r, self.r)
-        self.a_inverse, self.g_inverse = identity.clone(), identity.clone()
-        self.a_basis, self.g_basis = identity.clone(), identity.clone()
-        self.basis_version = 0
-        self.gradient_gram = torch.zeros(layers, self.r, self.r)
-        self.references: dict[str, Tensor] = {}
-        self.ready = torch.zeros(layers, dtype=torch.bool)
-        self.any_ready = False
-        self.natural = False
-        self.penalty: Tensor | None = None
         self.calls = [0] * layers
+        self.quantization_noise: Tensor | None = None
+        self.last_step_preconditioned = False
 
-    # Counts of several processes.
-
-    def counts_to_tell(self) -> Tensor:
-        """`SHARED_COUNTS` `[3, L]` int64 of this process since the other ones have been told."""
-        return torch.stack([getattr(self, name) for name in self.SHARED_COUNTS]) - self._told
-
-    def take_counts(self, of_all: Tensor) -> None:
-        """Take what `counts_to_tell` sums to over all processes `[3, L]`."""
-        self._told = self._told + of_all
-        for name, counts in zip(self.SHARED_COUNTS, self._told.clone(), strict=True):
-            setattr(self, name, counts)
-
-    # Placement and persistence.
+    # Reading.
 
     @property
     def device(self) -> torch.device:
         """Device of the statistics."""
-        return self.total.a.device
+        return self.statistics.total.a.device
+
+    @property
+    def a_cov(self) -> Tensor:
+        """Σ_a, the current estimate `[L, r, r]`."""
+        return F.covariance(self.statistics.total.a, self.statistics.total.weight)
+
+    @property
+    def g_cov(self) -> Tensor:
+        """Σ_g, the current estimate `[L, r, r]`."""
+        return F.covariance(self.statistics.total.g, self.statistics.total.weight)
+
+    @property
+    def kept(self) -> Tensor:
+        """`[L, r]` bool on the statistics' device: coordinates below the effective rank."""
+        return F.rank_mask(self.ranks, self.r).to(self.device)
+
+    def reference(self, name: str) -> Tensor:
+        """Return the matrices `[L, r, r]` kept under `name`; zero for layers without one."""
+        return self.statistics.references.get(name, torch.zeros_like(self.statistics.total.a))
+
+    def keep_reference(self, name: str, layers: Tensor | None = None) -> None:
+        """Keep Σ_a under `name`, to compare a later one with; it follows every change of coordinates.
+
+        Args:
+            name: Of the reference.
+            layers: `[L]` bool, layers whose reference is replaced; None replaces all.
+        """
+        a_cov = self.a_cov.clone()
+        new = a_cov if layers is None else torch.where(layers.view(-1, 1, 1), a_cov, self.reference(name))
+        self.statistics.references[name] = new
+
+    # The micro-batch under way.
+
+    def start_micro_batch(self) -> None:
+        """Forget the micro-batch before."""
+        self.statistics.micro.clear()
+        self.calls = [0] * len(self.sites)
+
+    def finish_micro_batch(self, tokens: Tensor) -> None:
+        """Take the micro-batch into the window; layers whose sums are not finite are left out and counted.
+
+        Args:
+            tokens: Real tokens of the micro-batch, a scalar.
+        """
+        micro = self.statistics.micro
+        calls = torch.tensor(self.calls, device=self.device)
+        finite = F.finite_layers(micro.a, micro.g)
+        self.counts.rejected += ~finite & (calls > 0)
+        micro.weight = (calls * tokens).float()
+        micro.keep_where(finite)
+        self.statistics.window.accumulate(micro)
+        self.counts.captures += calls
+
+    def finish_window(self, decay: float) -> None:
+        """Take the window into this process's own sums, which fade by `decay`."""
+        self.counts.tokens += self.statistics.window.weight.long()
+        self.statistics.local.accumulate(self.statistics.window, decay)
+
+    def measure_quantization_noise(self) -> None:
+        """Measure how far the quantised base layers are from what they stand for; zero for dense ones."""
+        self.quantization_noise = torch.tensor([relative_quantization_noise(site.base) for site in self.sites])
+
+    # Batched access to the factors.
+
+    def factors(self, side: Side) -> list[Tensor]:
+        """Return the parameters of one side: `a` gives A `[r, d_in]`, `b` gives B `[d_out, r]`."""
+        return [(site.down if side == "a" else site.up).weight for site in self.sites]
+
+    def update_pairs(self, read: ReadTensor, update: UpdatePair) -> None:
+        """Read a tensor of A and one of B of every layer, update equal shapes in one batched call, write back in place.
+
+        Args:
+            read: Which tensor of a factor.
+            update: What becomes of the stacked pairs.
+        """
+        buckets: dict[Any, list[tuple[int, Tensor | None, Tensor | None]]] = defaultdict(list)
+        for index, (a, b) in enumerate(zip(self.factors("a"), self.factors("b"), strict=True)):
+            of_a, of_b = read(a), read(b)
+            shapes = tuple(None if tensor is None else tensor.shape for tensor in (of_a, of_b))
+            buckets[shapes].append((index, of_a, of_b))
+        for members in buckets.values():
+            layers = torch.tensor([index for index, _, _ in members]).to(self.device)
+            all_a = [of_a for _, of_a, _ in members if of_a is not None]
+            all_b = [of_b for _, _, of_b in members if of_b is not None]
+            if not all_a and not all_b:
+                continue
+            updated = update(torch.stack(all_a) if all_a else None, torch.stack(all_b) if all_b else None, layers)
+            for tensors, new in zip((all_a, all_b), updated, strict=True):
+                if new is not None:
+                    torch._foreach_copy_(tensors, list(new.to(tensors[0].dtype).unbind(0)))
+
+    # Placement and persistence.
 
     def to(self, device: torch.device) -> None:
         """Move everything but the ranks, which only the CPU reads."""
-        for statistics in (self.micro, self.window, self.local, self.total):
-            statistics.to(device)
-        for name in self.PERSISTENT:
-            if name != "ranks":
-                setattr(self, name, getattr(self, name).to(device))
-        self._told = self._told.to(device)
-        self.references = {name: tensor.to(device) for name, tensor in self.references.items()}
+        self.statistics.to(device)
+        self.counts.to(device)
+        self.derived = self.derived.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as plain tensors, lists and names."""
-        state: dict[str, Any] = {name: getattr(self, name).detach().cpu().clone() for name in self.PERSISTENT}
-        for part in ("window", "local", "total"):
-            state[part] = [tensor.detach().cpu().clone() for tensor in getattr(self, part).tensors()]
-        names = [site.name for site in self.sites]
-        return state | {
-            "layers": names,
-            "basis_version": self.basis_version,
-            "references": {name: tensor.detach().cpu().clone() for name, tensor in self.references.items()},
-            "natural": self.natural,
-            "penalty": None if self.penalty is None else self.penalty.detach().cpu().clone(),
+        """Return everything that the next step depends on, as plain tensors, lists and names."""
+        return {
+            "layers": [site.name for site in self.sites],
+            "statistics": self.statistics.state_dict(),
+            "counts": self.counts.state_dict(),
+            "derived": self.derived.state_dict(),
+            "ranks": self.ranks.clone(),
+            "last_step_preconditioned": self.last_step_preconditioned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,86 +180,18 @@ class RankGroup:
         Raises:
             ValueError: If the state belongs to other layers or another rank.
         """
-        names = [site.name for site in self.sites]
-        if state["layers"] != names or state["total"][0].shape != self.total.a.shape:
+        names, shape = [site.name for site in self.sites], state["statistics"]["total"][0].shape
+        if state["layers"] != names or shape != self.statistics.total.a.shape:
             raise ValueError(
-                f"The checkpoint holds statistics of {len(state['layers'])} layers with shape "
-                f"{tuple(state['total'][0].shape)}, this model has {len(names)} with shape {tuple(self.total.a.shape)}. "
+                f"The checkpoint holds statistics of {len(state['layers'])} layers with shape {tuple(shape)}, this model has "
+                f"{len(names)} with shape {tuple(self.statistics.total.a.shape)}. "
                 "Use the adapter configuration (r, target_modules) that the checkpoint was trained with."
             )
-        for name in self.PERSISTENT:
-            setattr(self, name, state[name].to(getattr(self, name).device).clone())
-        self.any_ready = bool(self.ready.any())
-        for part in ("window", "local", "total"):
-            target: Statistics = getattr(self, part)
-            for tensor, value in zip(target.tensors(), state[part], strict=True):
-                tensor.copy_(value)
-        self._told = torch.stack([getattr(self, name) for name in self.SHARED_COUNTS])
-        self.basis_version = state["basis_version"]
-        self.references = {name: tensor.to(self.device).clone() for name, tensor in state["references"].items()}
-        self.natural = state["natural"]
-        self.penalty = None if state["penalty"] is None else state["penalty"].to(self.device)
-
-    # Views.
-
-    @property
-    def a_cov(self) -> Tensor:
-        """Σ_a, the current estimate `[L, r, r]`."""
-        return F.covariance(self.total.a, self.total.weight)
-
-    @property
-    def g_cov(self) -> Tensor:
-        """Σ_g, the current estimate `[L, r, r]`."""
-        return F.covariance(self.total.g, self.total.weight)
-
-    @property
-    def counters(self) -> dict[str, list[int]]:
-        """`rejected`, `fallbacks` and `escalations` by layer; one transfer each."""
-        return {name: getattr(self, name).tolist() for name in ("rejected", "fallbacks", "escalations")}
-
-    @property
-    def kept(self) -> Tensor:
-        """`[L, r]` bool on the statistics' device: coordinates below the effective rank."""
-        return F.rank_mask(self.ranks, self.r).to(self.device)
-
-    def observe_gradients(self, gradients: Tensor, layers: Tensor, decay: float) -> None:
-        """Add raw gradients of B `[n, d_out, r]` of the layers `[n]` to their `gradient_gram`, unless they are not finite."""
-        gram = gradients.mT @ gradients
-        gram = torch.where(gram.isfinite().all(-1).all(-1).view(-1, 1, 1), gram, 0.0)
-        self.gradient_gram[layers] = decay * self.gradient_gram[layers] + gram
-
-    @cached_property
-    def quantization_noise(self) -> Tensor:
-        """`[L]` relative squared error of the quantised base layers; measured once, zero for dense ones."""
-        return torch.tensor([relative_quantization_noise(site.base) for site in self.sites])
-
-    # Batched access to the factors, bucketed by shape.
-
-    def factors(self, side: str) -> list[Tensor]:
-        """The parameters of one side: `a` gives A `[r, d_in]`, `b` gives B `[d_out, r]`."""
-        return [(site.down if side == "a" else site.up).weight for site in self.sites]
-
-    def apply(self, side: str, read: Callable[[Tensor], Tensor | None], update: BatchedUpdate) -> None:
-        """Read one tensor a layer, update those of equal shape in one batched call, and write them back in place.
-
-        Args:
-            side: `a` or `b`.
-            read: Takes a factor, returns the tensor to update (its data, its gradient …) or None to leave it out.
-            update: Maps a stack `[n, ...]` and the indices `[n]` of its layers to the new stack.
-        """
-        buckets: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
-        for index, factor in enumerate(self.factors(side)):
-            tensor = read(factor)
-            if tensor is not None:
-                buckets[tensor.shape].append((index, tensor))
-        for members in buckets.values():
-            indices = torch.tensor([index for index, _ in members])
-            tensors = [tensor for _, tensor in members]
-            updated = update(torch.stack(tensors), indices.to(self.device))
-            torch._foreach_copy_(tensors, list(updated.to(tensors[0].dtype).unbind(0)))
-
-
-BatchedUpdate = Callable[[Tensor, Tensor], Tensor]
+        self.statistics.load_state_dict(state["statistics"])
+        self.counts.load_state_dict(state["counts"])
+        self.derived = Derived.from_state_dict(state["derived"], self.device)
+        self.ranks = state["ranks"].clone()
+        self.last_step_preconditioned = state["last_step_preconditioned"]
 
 
 def group_by_rank(sites: Iterable[LoraSite]) -> list[RankGroup]:

@@ -28,6 +28,7 @@ from grit_lightning.geometry.coordinates import CoordinateChange, MapsRule
 from grit_lightning.geometry.preconditioner import Preconditioner
 from grit_lightning.geometry.rank_group import RankGroup, group_by_rank
 from grit_lightning.geometry.sites import count_trainable, find_lora_sites
+from grit_lightning.geometry.statistics import LayerCounts, Statistics
 from grit_lightning.geometry.stopwatch import Stopwatch
 
 
@@ -43,18 +44,18 @@ class LayerView:
     def a_cov(self) -> Tensor:
         """Σ_a, float32 `[r, r]`."""
         here = slice(self.index, self.index + 1)
-        return F.covariance(self.group.total.a[here], self.group.total.weight[here])[0]
+        return F.covariance(self._total.a[here], self._total.weight[here])[0]
 
     @property
     def g_cov(self) -> Tensor:
         """Σ_g, float32 `[r, r]`, of gradients of the sum of token losses."""
         here = slice(self.index, self.index + 1)
-        return F.covariance(self.group.total.g[here], self.group.total.weight[here])[0]
+        return F.covariance(self._total.g[here], self._total.weight[here])[0]
 
     @property
     def n_samples(self) -> int:
         """Tokens of all processes that have contributed since the start, as of the last `reduce`; own ones since then too."""
-        return int(self.group.tokens[self.index])
+        return int(self.group.counts.tokens[self.index])
 
     @property
     def rank(self) -> int:
@@ -64,7 +65,11 @@ class LayerView:
     @property
     def counters(self) -> dict[str, int]:
         """Events of this layer: `rejected` micro-batches, `fallbacks` to the raw gradient, damping `escalations`."""
-        return {name: counts[self.index] for name, counts in self.group.counters.items()}
+        return {name: counts[self.index] for name, counts in self.group.counts.events().items()}
+
+    @property
+    def _total(self) -> Statistics:
+        return self.group.statistics.total
 
 
 class RankSpaceGeometry:
@@ -96,7 +101,7 @@ class RankSpaceGeometry:
         }
         if config.damping_mode == "quantization_aware":
             for group in self.groups:
-                group.quantization_noise  # noqa: B018 (measured now: a sharded layer has no weights to look at)
+                group.measure_quantization_noise()  # now: a sharded layer has no weights to look at
         self.reprojection_count = 0
         self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)
@@ -133,7 +138,7 @@ class RankSpaceGeometry:
         """Events over all layers: rejected micro-batches, gradient fallbacks, damping escalations."""
         totals: Counter[str] = Counter()
         for group in self.groups:
-            totals.update({name: sum(counts) for name, counts in group.counters.items()})
+            totals.update({name: sum(counts) for name, counts in group.counts.events().items()})
         return dict(totals)
 
     # Statistics.
@@ -156,11 +161,10 @@ class RankSpaceGeometry:
                 backward pass, after the statistics have seen the loss's own. None adds nothing.
         """
         for group in self.groups:
-            group.micro.clear()
-            group.calls = [0] * len(group.sites)
-        records = self._micro_batches % self.config.cov_update_freq == 0
-        if records or loss_scale is not None:
-            self._capture.start(token_mask.bool(), gradient_scale, records=records, loss_scale=loss_scale)
+            group.start_micro_batch()
+        measures = self._micro_batches % self.config.cov_update_freq == 0
+        if measures or loss_scale is not None:
+            self._capture.start(token_mask.bool(), gradient_scale, measures=measures, loss_scale=loss_scale)
 
     @torch.no_grad()
     def finish_micro_batch(self) -> None:
@@ -173,35 +177,30 @@ class RankSpaceGeometry:
         with self.stopwatch("capture"):
             tokens = mask.sum()
             for group in self.groups:
-                calls = torch.tensor(group.calls, device=group.device)
-                finite = F.finite_layers(group.micro.a, group.micro.g)
-                group.rejected += ~finite & (calls > 0)
-                group.micro.weight = (calls * tokens).float()
-                for tensor in group.micro.tensors():
-                    tensor.masked_fill_(~finite.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
-                group.window.absorb(group.micro)
-                group.heard += calls
+                group.finish_micro_batch(tokens)
             self._window_micro_batches += 1
 
     def discard_window(self) -> None:
         """Forget the accumulation window under way, for a step that the optimizer will skip."""
         for group in self.groups:
-            group.window.clear()
+            group.statistics.window.clear()
         self._window_micro_batches = 0
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum what this process has gathered over all processes, in one collective, into the running estimate.
 
-        Every process must call it at the same step. Without process group it only merges. Nothing new costs nothing.
+        Every process must call it at the same step. Without a process group it only merges; when no window has ended since the
+        last call, it does nothing.
         """
         if self._windows_since_reduce == 0:
             return
-        counts = [group.counts_to_tell() for group in self.groups]
-        sum_over_processes([*(tensor for group in self.groups for tensor in group.local.tensors()), *counts])
+        counts = [group.counts.unreduced_counts() for group in self.groups]
+        sums = [tensor for group in self.groups for tensor in group.statistics.local.tensors()]
+        sum_over_processes([*sums, *counts])
         for group, of_all in zip(self.groups, counts, strict=True):
-            group.take_counts(of_all)
-            group.total.absorb(group.local, self.config.decay**self._windows_since_reduce)
+            group.counts.set_reduced_counts(of_all)
+            group.statistics.total.accumulate(group.statistics.local, self.config.decay**self._windows_since_reduce)
         self._windows_since_reduce = 0
 
     # Preconditioning.
@@ -218,15 +217,14 @@ class RankSpaceGeometry:
         """
         with self.stopwatch("precondition"):
             for group in self.groups:
-                group.tokens += group.window.weight.long()
-                group.local.absorb(group.window, self.config.decay)
+                group.finish_window(self.config.decay)
             self._window_micro_batches = 0
             self._windows_since_reduce += 1
             self._steps += 1
             if process_count() == 1 or self.refresh_due:
                 self.reduce()
             if self.refresh_due:
-                self._require_all_heard()
+                self._require_captures()
                 self.refresh()
             for group in self.groups:
                 self._preconditioner.apply(group, self._steps, precondition)
@@ -244,15 +242,15 @@ class RankSpaceGeometry:
     @property
     def penalty(self) -> Tensor:
         """Value of the regularisers summed over layers, in nats per token, as of the last refresh."""
-        forms = [(group.penalty, group.a_cov) for group in self.groups if group.penalty is not None]
+        forms = [(group.derived.penalty, group.a_cov) for group in self.groups if group.derived.penalty is not None]
         return torch.stack([F.quadratic_penalty(form, cov).sum() for form, cov in forms] or [torch.zeros(())]).sum()
 
-    def _require_all_heard(self) -> None:
+    def _require_captures(self) -> None:
         silent = [
             site.name
             for group in self.groups
-            for site, heard in zip(group.sites, group.heard.tolist(), strict=True)
-            if heard == 0
+            for site, captures in zip(group.sites, group.counts.captures.tolist(), strict=True)
+            if captures == 0
         ]
         if silent:
             shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
@@ -278,8 +276,8 @@ class RankSpaceGeometry:
         Weights, covariances and optimizer moments go through the same linear maps; inverses are recomputed.
 
         Args:
-            maps: Given `(a_cov, g_cov, kept, enough_g)`, stacked over layers, returns the maps of A and B; kept `[L, r]` bool
-                marks the coordinates that stay.
+            maps: Given `(a_cov, g_cov, kept, reliable_g)`, stacked over layers, returns the maps of A and B; kept `[L, r]`
+                bool marks the coordinates that stay.
             ranks: New effective ranks by layer name; layers not named keep theirs.
             blend: γ in (0, 1]; below 1 the projection is partial and ranks stay as they are.
             optimizer: Its moments of A and B are carried along.
@@ -296,7 +294,7 @@ class RankSpaceGeometry:
         maps: MapsRule,
         ranks: Mapping[str, int],
         *,
-        left_out: Mapping[str, int] | None = None,
+        masked_coordinate: Mapping[str, int] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
         """Give layers new effective ranks, at once; like `reproject`, but counts as no reprojection.
@@ -307,18 +305,19 @@ class RankSpaceGeometry:
         Args:
             maps: As in `reproject`; should leave ΔW as it is but for the directions that are dropped.
             ranks: New effective ranks by layer name.
-            left_out: By layer name, a coordinate that is zeroed in B this once; it may grow back from the next step on.
+            masked_coordinate: By layer name, a coordinate that is zeroed in B this once; it may grow back from the next
+                step on.
             optimizer: Its moments of A and B are carried along.
 
         Raises:
             ValueError: If a rank is not in 1 … r.
         """
-        if left_out or any(self.layers[name].rank != rank for name, rank in ranks.items()):
-            self._change_coordinates(maps, ranks, 1.0, optimizer, left_out or {}, only_where_needed=True)
+        if masked_coordinate or any(self.layers[name].rank != rank for name, rank in ranks.items()):
+            self._change_coordinates(maps, ranks, 1.0, optimizer, masked_coordinate or {}, only_where_needed=True)
 
-    def enough(self, group: RankGroup) -> Tensor:
+    def has_enough_samples(self, group: RankGroup) -> Tensor:
         """Layers `[L]` bool of a group with enough samples for decisions (`kfac_min_samples`)."""
-        return group.tokens >= max(self.config.kfac_min_samples, 1)
+        return group.counts.tokens >= max(self.config.kfac_min_samples, 1)
 
     def _change_coordinates(
         self,
@@ -326,14 +325,16 @@ class RankSpaceGeometry:
         ranks: Mapping[str, int],
         blend: float,
         optimizer: Optimizer | None,
-        left_out: Mapping[str, int] | None = None,
+        masked_coordinate: Mapping[str, int] | None = None,
         *,
         only_where_needed: bool = False,
     ) -> None:
         with self.stopwatch("reprojection"):
             self.reduce()
             for group in self.groups:
-                change = CoordinateChange(group, ranks, left_out or {}, self.enough(group), only_where_needed)
+                change = CoordinateChange(
+                    group, ranks, masked_coordinate or {}, self.has_enough_samples(group), only_where_needed
+                )
                 change.apply(maps, blend, optimizer)
             if self._steps >= self.config.kfac_update_freq:
                 self.refresh()
@@ -350,14 +351,14 @@ class RankSpaceGeometry:
         self.reduce()
         states = [group.state_dict() for group in self.groups]
         if process_count() > 1 and self._window_micro_batches > 0:
-            windows = [[tensor.clone() for tensor in group.window.tensors()] for group in self.groups]
-            counts = [group.counts_to_tell() for group in self.groups]
-            told = [count.clone() for count in counts]
+            windows = [[tensor.clone() for tensor in group.statistics.window.tensors()] for group in self.groups]
+            counts = [group.counts.unreduced_counts() for group in self.groups]
+            own_counts = [count.clone() for count in counts]
             sum_over_processes([*(tensor for window in windows for tensor in window), *counts])
-            for state, window, of_all, own in zip(states, windows, counts, told, strict=True):
-                state["window"] = [tensor.cpu() for tensor in window]
-                for name, others in zip(RankGroup.SHARED_COUNTS, (of_all - own).cpu(), strict=True):
-                    state[name] += others
+            for state, window, of_all, own in zip(states, windows, counts, own_counts, strict=True):
+                state["statistics"]["window"] = [tensor.cpu() for tensor in window]
+                for name, others in zip(LayerCounts.SHARED, (of_all - own).cpu(), strict=True):
+                    state["counts"][name] += others
         return {
             "groups": states,
             "reprojection_count": self.reprojection_count,
@@ -380,7 +381,7 @@ class RankSpaceGeometry:
         for group, saved in zip(self.groups, state["groups"], strict=True):
             group.load_state_dict(saved)
             if not is_first_process():
-                group.window.clear()  # it holds the sum over all processes
+                group.statistics.window.clear()  # it holds the sum over all processes
         self.reprojection_count = state["reprojection_count"]
         self._micro_batches = state["micro_batches"]
         self._steps = state["steps"]

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+Side = Literal["a", "b"]
+"""Which factor of a LoRA layer: `a` is A, the down-projection; `b` is B, the up-projection."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,8 +33,8 @@ def rotated(spectra: list[list[float]], seed: int = 0) -> Tensor:
 def observe(geometry: RankSpaceGeometry, a_cov: Tensor, g_cov: Tensor) -> None:
     """Put covariances in place of measured ones."""
     (group,) = geometry.groups
-    group.total.a, group.total.g, group.total.weight = a_cov.clone(), g_cov.clone(), torch.ones(len(group.sites))
-    group.tokens += 1000
+    group.statistics.total.a, group.statistics.total.g, group.statistics.total.weight = a_cov.clone(), g_cov.clone(), torch.ones(len(group.sites))
+    group.counts.tokens += 1000
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_a_raise_keeps_the_function_and_takes_the_direction_with_the_most_gradie
     observe(geometry, rotated(SPECTRA[1:2] * 4), rotated(SPECTRA[1:2] * 4, 1))
     (group,) = geometry.groups
     geometry.set_ranks(lambda a, g, kept, _: F.balanced_maps(a, g, kept), dict.fromkeys(geometry.layers, 2))
-    group.gradient_gram = torch.diag(torch.tensor([1.0, 1.0, 0.5, 9.0])).expand(4, 4, 4).clone()
+    group.statistics.gradient_gram = torch.diag(torch.tensor([1.0, 1.0, 0.5, 9.0])).expand(4, 4, 4).clone()
     third, before = group.sites[0].down.weight[3].detach().clone(), updates(geometry)
     callback = RankAdaptation("balanced", 0.01, 1)
     callback._account = torch.zeros(4, 4)

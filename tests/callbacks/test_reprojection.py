@@ -25,9 +25,9 @@ def observe(geometry: RankSpaceGeometry, a_cov: Tensor, tokens: int = 1000) -> N
     """Put Σ_a `[r, r]` in place of a measured one, in every layer."""
     (group,) = geometry.groups
     layers = len(group.sites)
-    group.total.a = a_cov.expand(layers, group.r, group.r).clone()
-    group.total.g, group.total.weight = torch.eye(group.r).repeat(layers, 1, 1), torch.ones(layers)
-    group.tokens += tokens
+    group.statistics.total.a = a_cov.expand(layers, group.r, group.r).clone()
+    group.statistics.total.g, group.statistics.total.weight = torch.eye(group.r).repeat(layers, 1, 1), torch.ones(layers)
+    group.counts.tokens += tokens
 
 
 def turned(angle: float) -> Tensor:
@@ -76,9 +76,9 @@ def test_the_angle_drift_is_measured_from_the_last_event(geometry: RankSpaceGeom
     callback.reproject(geometry)  # new coordinates, in which the top space is that of the first two axes
     assert callback.due(geometry) is None
     group = geometry.groups[0]
-    group.total.a = F.carry_covariances(group.total.a, group.total.g, F.ReprojectionMaps(*[_rotation(0.29)] * 2))[0]
+    group.statistics.total.a = F.carry_covariances(group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.29)] * 2))[0]
     assert callback.due(geometry) is None
-    group.total.a = F.carry_covariances(group.total.a, group.total.g, F.ReprojectionMaps(*[_rotation(0.05)] * 2))[0]
+    group.statistics.total.a = F.carry_covariances(group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.05)] * 2))[0]
     assert callback.due(geometry) is not None
 
 

@@ -85,7 +85,7 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
         outside = str(error)
     frozen = [p for p in module.parameters() if not p.requires_grad]
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in frozen)
-    dtypes = {str(tensor.dtype) for group in module.geometry.groups for tensor in group.total.tensors()}
+    dtypes = {str(tensor.dtype) for group in module.geometry.groups for tensor in group.statistics.total.tensors()}
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "Σ_a": {name: view.a_cov.clone() for name, view in module.geometry.layers.items()},

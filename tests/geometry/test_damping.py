@@ -29,7 +29,7 @@ def inverse_of_sigma_a(model: PeftModel, steps: int, batch: dict[str, Tensor], *
         geometry.step()
     geometry.detach()
     (group,) = geometry.groups
-    return group.a_cov.double(), group.a_inverse.double()
+    return group.a_cov.double(), group.derived.a_inverse.double()
 
 
 def damping_used(a_cov: Tensor, inverse: Tensor) -> Tensor:

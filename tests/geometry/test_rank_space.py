@@ -218,7 +218,7 @@ def test_state_survives_a_round_trip_and_refuses_another_adapter(
     for name, view in twin.layers.items():
         assert torch.equal(view.a_cov, geometry.layers[name].a_cov)
         assert view.n_samples == geometry.layers[name].n_samples
-    assert torch.equal(twin.groups[0].a_inverse, geometry.groups[0].a_inverse)
+    assert torch.equal(twin.groups[0].derived.a_inverse, geometry.groups[0].derived.a_inverse)
     other = RankSpaceGeometry(adapted(make_tiny_llama(), lora_config(r=8)), geometry.config)
     with pytest.raises(ValueError, match="adapter configuration"):
         other.load_state_dict(state)

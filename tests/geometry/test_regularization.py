@@ -111,5 +111,5 @@ def test_the_weights_warm_up(
         backward(model, geometry, batch)
         geometry.step()
         group = geometry.groups[0]
-        ratios.append(float((group.penalty / group.g_cov).median()))
+        ratios.append(float((group.derived.penalty / group.g_cov).median()))
     assert ratios == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-4)

@@ -73,12 +73,12 @@ def test_a_factor_that_is_not_positive_definite_climbs_the_ladder(
     geometry = measure(model, [random_batch()], config=replace(EVERY_STEP, kfac_damping=1e-3))
     (group,) = geometry.groups
     assert geometry.counters["escalations"] == 0
-    group.total.weight[1] = 1.0
-    group.total.a[1] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # needs λ > 0.05: 1e-3, 1e-2, 1e-1
-    others = group.a_inverse[[0, 2, 3]].clone()
+    group.statistics.total.weight[1] = 1.0
+    group.statistics.total.a[1] = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # needs λ > 0.05: 1e-3, 1e-2, 1e-1
+    others = group.derived.a_inverse[[0, 2, 3]].clone()
     geometry.refresh()
-    torch.testing.assert_close(group.a_inverse[1], torch.diag(1 / torch.tensor([1.1, 1.1, 1.1, 0.05])))
-    assert torch.equal(group.a_inverse[[0, 2, 3]], others)
+    torch.testing.assert_close(group.derived.a_inverse[1], torch.diag(1 / torch.tensor([1.1, 1.1, 1.1, 0.05])))
+    assert torch.equal(group.derived.a_inverse[[0, 2, 3]], others)
     assert [view.counters["escalations"] for view in geometry] == [0, 2, 0, 0]
 
 
@@ -96,7 +96,7 @@ def test_a_gradient_that_overflows_falls_back_to_the_raw_one_in_its_layer_only(
 
     def refresh_badly() -> None:
         refresh()
-        geometry.groups[0].a_inverse[2] = torch.inf  # for the B of layer 2
+        geometry.groups[0].derived.a_inverse[2] = torch.inf  # for the B of layer 2
 
     geometry.refresh = refresh_badly
     observe(geometry, model, batch)
@@ -125,9 +125,9 @@ def test_an_estimate_that_has_overflowed_leaves_gradients_raw(
     model = make_module(geometry=None).peft_model
     geometry = measure(model, [random_batch()], config=EVERY_STEP)
     (group,) = geometry.groups
-    group.total.a[1, 0, 0] = torch.inf
+    group.statistics.total.a[1, 0, 0] = torch.inf
     geometry.refresh()
-    assert torch.equal(group.a_inverse[1], torch.eye(4))
+    assert torch.equal(group.derived.a_inverse[1], torch.eye(4))
     assert geometry.counters["escalations"] == 0
 
 
@@ -142,7 +142,7 @@ def test_events_are_logged_in_total_and_by_layer(make_module: Any, random_batch:
     class Count(Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             (group,) = pl_module.geometry.groups
-            group.rejected[0], group.fallbacks[1], group.escalations[2] = 3, 4, 5
+            group.counts.rejected[0], group.counts.fallbacks[1], group.counts.escalations[2] = 3, 4, 5
 
     module = make_module(geometry=GeometryConfig(kfac_update_freq=50))
     fit(
@@ -188,12 +188,16 @@ class WatchesOverflow(Callback):
 
 def state_of(module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     (group,) = module.geometry.groups
-    state = group.state_dict()
-    geometry = {
-        name: value for name, value in state.items() if isinstance(value, Tensor) and name not in ("rejected", "heard")
-    }
-    for part in ("window", "local", "total"):
-        geometry |= {f"{part}.{index}": tensor for index, tensor in enumerate(state[part])}
+    parts = {"counts": group.counts.state_dict(), "derived": group.derived.state_dict()}
+    parts |= {"statistics": group.statistics.state_dict(), "ranks": {"ranks": group.ranks}}
+    geometry: dict[str, Tensor] = {}
+    for part, state in parts.items():
+        for name, value in state.items():
+            values = value if isinstance(value, list) else [value]
+            tensors = {f"{part}.{name}.{index}": tensor for index, tensor in enumerate(values)}
+            geometry |= {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for counted in ("rejected", "captures"):  # these see the batch that overflowed
+        del geometry[f"counts.{counted}.0"]
     geometry["steps"] = torch.tensor(module.geometry.state_dict()["steps"])
     return {name: p.detach().clone() for name, p in module.named_parameters()}, geometry
 
