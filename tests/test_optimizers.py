@@ -31,7 +31,10 @@ def with_statistics(model: PeftModel, **config: Any) -> RankSpaceGeometry:
     geometry = RankSpaceGeometry(model, GeometryConfig(**config))
     for group in geometry.groups:
         layers = len(group.sites)
-        group.statistics.total.a, group.statistics.total.g = random_spd(layers, group.r, 1), random_spd(layers, group.r, 2)
+        group.statistics.total.a, group.statistics.total.g = (
+            random_spd(layers, group.r, 1),
+            random_spd(layers, group.r, 2),
+        )
         group.statistics.total.weight = torch.ones(layers)
         group.counts.tokens += 1000
     return geometry
@@ -122,7 +125,9 @@ def test_natural_steps_along_the_kfac_direction_with_adams_length(model: PeftMod
     optimizer.step()
     for p, old in zip(parameters, before, strict=True):
         group, side, index = optimizer._where[p]
-        cov = (group.statistics.total.g if side == "a" else group.statistics.total.a)[index].double() + 0.1 * torch.eye(group.r)
+        cov = (group.statistics.total.g if side == "a" else group.statistics.total.a)[index].double() + 0.1 * torch.eye(
+            group.r
+        )
         direction = torch.linalg.solve(cov, p.grad) if side == "a" else torch.linalg.solve(cov, p.grad.T).T
         step = (old - p).detach()
         cosine = (step * direction).sum() / step.norm() / direction.norm()

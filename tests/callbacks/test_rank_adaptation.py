@@ -33,7 +33,11 @@ def rotated(spectra: list[list[float]], seed: int = 0) -> Tensor:
 def observe(geometry: RankSpaceGeometry, a_cov: Tensor, g_cov: Tensor) -> None:
     """Put covariances in place of measured ones."""
     (group,) = geometry.groups
-    group.statistics.total.a, group.statistics.total.g, group.statistics.total.weight = a_cov.clone(), g_cov.clone(), torch.ones(len(group.sites))
+    group.statistics.total.a, group.statistics.total.g, group.statistics.total.weight = (
+        a_cov.clone(),
+        g_cov.clone(),
+        torch.ones(len(group.sites)),
+    )
     group.counts.tokens += 1000
 
 

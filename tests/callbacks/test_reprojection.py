@@ -26,7 +26,10 @@ def observe(geometry: RankSpaceGeometry, a_cov: Tensor, tokens: int = 1000) -> N
     (group,) = geometry.groups
     layers = len(group.sites)
     group.statistics.total.a = a_cov.expand(layers, group.r, group.r).clone()
-    group.statistics.total.g, group.statistics.total.weight = torch.eye(group.r).repeat(layers, 1, 1), torch.ones(layers)
+    group.statistics.total.g, group.statistics.total.weight = (
+        torch.eye(group.r).repeat(layers, 1, 1),
+        torch.ones(layers),
+    )
     group.counts.tokens += tokens
 
 
@@ -76,9 +79,13 @@ def test_the_angle_drift_is_measured_from_the_last_event(geometry: RankSpaceGeom
     callback.reproject(geometry)  # new coordinates, in which the top space is that of the first two axes
     assert callback.due(geometry) is None
     group = geometry.groups[0]
-    group.statistics.total.a = F.carry_covariances(group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.29)] * 2))[0]
+    group.statistics.total.a = F.carry_covariances(
+        group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.29)] * 2)
+    )[0]
     assert callback.due(geometry) is None
-    group.statistics.total.a = F.carry_covariances(group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.05)] * 2))[0]
+    group.statistics.total.a = F.carry_covariances(
+        group.statistics.total.a, group.statistics.total.g, F.ReprojectionMaps(*[_rotation(0.05)] * 2)
+    )[0]
     assert callback.due(geometry) is not None
 
 
