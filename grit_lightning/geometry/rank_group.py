@@ -115,7 +115,7 @@ class RankGroup:
         micro.weight = (calls * tokens).float()
         micro.keep_where(finite)
         self.statistics.window.accumulate(micro)
-        self.counts.captures += calls
+        self.counts.capture_counts += calls
 
     def finish_window(self, decay: float) -> None:
         """Take the window into this process's own sums, which fade by `decay`."""

@@ -249,8 +249,8 @@ class RankSpaceGeometry:
         silent = [
             site.name
             for group in self.groups
-            for site, captures in zip(group.sites, group.counts.captures.tolist(), strict=True)
-            if captures == 0
+            for site, count in zip(group.sites, group.counts.capture_counts.tolist(), strict=True)
+            if count == 0
         ]
         if silent:
             shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")

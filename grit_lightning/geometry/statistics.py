@@ -121,17 +121,17 @@ class LayerCounts:
     Attributes:
         tokens: Tokens behind the running estimate and what has not been reduced yet; never faded.
         rejected: Micro-batches left out because they were not finite.
-        captures: Uses of the layer that have sent statistics.
+        capture_counts: Uses of the layer that have sent statistics.
         fallbacks: Gradients of A or B whose preconditioned version was not finite, so that the raw one was used.
         escalations: Rungs of the damping ladder climbed at refreshes.
     """
 
-    SHARED = ("tokens", "rejected", "captures")
+    SHARED = ("tokens", "rejected", "capture_counts")
     REPLICATED = ("fallbacks", "escalations")
 
     def __init__(self, layers: int) -> None:
         """Start at zero."""
-        self.tokens, self.rejected, self.captures, self.fallbacks, self.escalations = (
+        self.tokens, self.rejected, self.capture_counts, self.fallbacks, self.escalations = (
             torch.zeros(layers, dtype=torch.int64) for _ in range(5)
         )
         self._reduced_counts = torch.zeros(len(self.SHARED), layers, dtype=torch.int64)

@@ -196,7 +196,7 @@ def state_of(module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             values = value if isinstance(value, list) else [value]
             tensors = {f"{part}.{name}.{index}": tensor for index, tensor in enumerate(values)}
             geometry |= {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    for counted in ("rejected", "captures"):  # these see the batch that overflowed
+    for counted in ("rejected", "capture_counts"):  # these see the batch that overflowed
         del geometry[f"counts.{counted}.0"]
     geometry["steps"] = torch.tensor(module.geometry.state_dict()["steps"])
     return {name: p.detach().clone() for name, p in module.named_parameters()}, geometry
