@@ -61,9 +61,9 @@ class GeometryAdam(Optimizer):
         """Check the settings; the geometry comes later, with `bind`."""
         name = type(self).__name__
         if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"{name} needs lr, eps and weight_decay ≥ 0, got {lr}, {eps}, {weight_decay}.")
+            raise ValueError(f"{name}: expected lr, eps and weight_decay ≥ 0, got {lr}, {eps}, {weight_decay}.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"{name} needs betas in [0, 1), got {betas}.")
+            raise ValueError(f"{name}.betas: expected numbers in [0, 1), got {betas}.")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self._geometry: RankSpaceGeometry | None = None
         self._where: dict[Tensor, Location] = {}
@@ -101,8 +101,8 @@ class GeometryAdam(Optimizer):
                 loss = closure()
         if self._geometry is None:
             raise RuntimeError(
-                f"{type(self).__name__} needs the rank-space geometry: use it in a GritLitModule with `geometry` set, "
-                "or call bind()."
+                f"{type(self).__name__}: expected a rank-space geometry, got none. Use it in a GritLitModule with `geometry` "
+                "set, or call bind()."
             )
         for settings in self.param_groups:
             parameters = [p for p in settings["params"] if p.grad is not None]

@@ -166,7 +166,7 @@ def test_a_geometry_optimizer_without_geometry_is_refused(tiny_llama: Any, lora_
 
 @pytest.mark.parametrize("setting", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}])
 def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="EigenbasisAdam needs"):
+    with pytest.raises(ValueError, match="EigenbasisAdam.*: expected"):
         EigenbasisAdam([torch.zeros(1)], **setting)
 
 

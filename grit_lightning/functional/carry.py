@@ -1,6 +1,6 @@
 """What must follow the factors through a reprojection A ← a_map A, B ← B b_map.
 
-Notation as in ``reprojection``. For the same token (x, δ) the new rank-space vectors are a' = a_map a and
+Notation as in `reprojection`. For the same token (x, δ) the new rank-space vectors are a' = a_map a and
 g' = s·(B b_map)ᵀδ = b_mapᵀ g; statistics and optimizer moments follow from these two. Exact while δ is unchanged, that
 is while the reprojection leaves ΔW as it was; close to it otherwise.
 """
@@ -14,15 +14,15 @@ from grit_lightning.functional.reprojection import ReprojectionMaps
 
 
 def carry_covariances(a_cov: Tensor, g_cov: Tensor, maps: ReprojectionMaps) -> tuple[Tensor, Tensor]:
-    """Covariances after a reprojection: Σ_a ← a_map Σ_a a_mapᵀ, Σ_g ← b_mapᵀ Σ_g b_map, as a' = a_map a, g' = b_mapᵀ g.
+    """Carry covariances through a reprojection: Σ_a ← a_map Σ_a a_mapᵀ, Σ_g ← b_mapᵀ Σ_g b_map, as a' = a_map a, g' = b_mapᵀ g.
 
     Exact for the same x and δ. Linear, hence right for Gram sums as well as for averages.
 
     Source: beyond the paper.
 
     Args:
-        a_cov: Σ_a (or its Gram sum) ``[L, r, r]``.
-        g_cov: Σ_g (or its Gram sum) ``[L, r, r]``.
+        a_cov: Σ_a (or its Gram sum) `[L, r, r]`.
+        g_cov: Σ_g (or its Gram sum) `[L, r, r]`.
         maps: The reprojection.
 
     Returns:
@@ -43,13 +43,13 @@ class GradientMaps(NamedTuple):
     """How gradients follow a reprojection: ∇A ← left ∇A, ∇B ← ∇B right."""
 
     left: Tensor
-    """b_mapᵀ ``[L, r, r]``."""
+    """b_mapᵀ `[L, r, r]`."""
     right: Tensor
-    """a_mapᵀ ``[L, r, r]``."""
+    """a_mapᵀ `[L, r, r]`."""
 
 
 def gradient_maps(maps: ReprojectionMaps) -> GradientMaps:
-    """The maps of the gradients that belong to maps of the factors: ∇A ← b_mapᵀ ∇A, ∇B ← ∇B a_mapᵀ.
+    """Return the maps of the gradients that belong to maps of the factors: ∇A ← b_mapᵀ ∇A, ∇B ← ∇B a_mapᵀ.
 
     For the same x and δ, ∇A' = (s·B'ᵀδ)xᵀ = b_mapᵀ ∇A and ∇B' = s·δ(A'x)ᵀ = ∇B a_mapᵀ.
 
@@ -86,7 +86,7 @@ def carry_first_moment(
 def carry_first_moment(
     m_a: Tensor | None, m_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The optimizer's averaged gradients after a reprojection: m_A ← b_mapᵀ m_A, m_B ← m_B a_mapᵀ.
+    """Carry the optimizer's averaged gradients through a reprojection: m_A ← b_mapᵀ m_A, m_B ← m_B a_mapᵀ.
 
     For the same x and δ the gradients at the new factors are ∇A' = (s·B'ᵀδ)xᵀ = b_mapᵀ ∇A and ∇B' = s·δ(A'x)ᵀ = ∇B
     a_mapᵀ; an average of gradients follows the same linear map. An average of preconditioned gradients moves like the
@@ -135,7 +135,7 @@ def carry_second_moment(
 def carry_second_moment(
     v_a: Tensor | None, v_b: Tensor | None, maps: ReprojectionMaps, *, preconditioned: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Adam's averaged squared gradients after a reprojection, by the elementwise-squared maps of the first moment.
+    """Carry Adam's averaged squared gradients through a reprojection, by the elementwise-squared maps of the first moment.
 
     An approximation: E[(Σ_j m_ij ∇_j)²] = Σ_j m_ij² E[∇_j²] + cross terms, and the cross terms E[∇_j ∇_l] are not
     known to an optimizer that keeps only the diagonal; they are taken as zero. Exact for permutations and rescalings

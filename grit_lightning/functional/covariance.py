@@ -1,8 +1,8 @@
 """Rank-space covariances from streamed tokens.
 
 Notation: a layer's rank-space activations a = A x and gradients g = ∂L/∂a are vectors of length r; a *row* is one
-token's a or g. Over N valid tokens the Gram matrix is Σ_t row rowᵀ ``[r, r]``, and the covariance (uncentred second
-moment) is Σ = gram / N. L layers are stacked in front: ``[L, r, r]``.
+token's a or g. Over N valid tokens the Gram matrix is Σ_t row rowᵀ `[r, r]`, and the covariance (uncentred second
+moment) is Σ = gram / N. L layers are stacked in front: `[L, r, r]`.
 
 A running estimate keeps two sums, Σ decay^age · gram and Σ decay^age · N, and divides only when it is read (paper
 § 'rank-space covariances'; streaming and EMA: appendix J, M1). Statistics are float32 or better.
@@ -20,11 +20,11 @@ def masked_gram(rows: Tensor, mask: Tensor | None = None) -> Tensor:
     Source: paper § 'rank-space covariances'; the mask (padding must not enter) is beyond the paper.
 
     Args:
-        rows: Activations or gradients, one token a row, ``[..., r]``, any float dtype.
-        mask: True where a token counts, bool ``[...]``; None counts every row.
+        rows: Activations or gradients, one token a row, `[..., r]`, any float dtype.
+        mask: True where a token counts, bool `[...]`; None counts every row.
 
     Returns:
-        The Gram matrix, symmetric, ``[r, r]``, float32 (float64 for float64 rows).
+        The Gram matrix, symmetric, `[r, r]`, float32 (float64 for float64 rows).
 
     Raises:
         ValueError: The mask's shape is not that of the rows without their last dimension.
@@ -36,7 +36,7 @@ def masked_gram(rows: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is not None:
         if mask.shape != rows.shape[:-1]:
-            raise ValueError(f"mask: expected one bool a row {tuple(rows.shape[:-1])}, came {tuple(mask.shape)}")
+            raise ValueError(f"mask: expected one bool a row {tuple(rows.shape[:-1])}, got {tuple(mask.shape)}")
         # Filling, not multiplying: 0 · inf would carry a padding cell's overflow into the statistics as NaN.
         rows = rows.masked_fill(~mask.bool().unsqueeze(-1), 0.0)
     flat = working(rows).flatten(0, -2)
@@ -49,7 +49,7 @@ def symmetrize(m: Tensor) -> Tensor:
     """Return the symmetric part (m + mᵀ)/2.
 
     Args:
-        m: Square matrices, ``[..., r, r]``.
+        m: Square matrices, `[..., r, r]`.
 
     Returns:
         The same shape and dtype, exactly symmetric.
@@ -68,11 +68,11 @@ def covariance(gram: Tensor, weight: Tensor) -> Tensor:
     Source: paper § 'rank-space covariances'.
 
     Args:
-        gram: Accumulated Gram matrices, ``[L, r, r]``.
-        weight: Accumulated (possibly decayed) token counts, ``[L]``.
+        gram: Accumulated Gram matrices, `[L, r, r]`.
+        weight: Accumulated (possibly decayed) token counts, `[L]`.
 
     Returns:
-        Symmetric covariances ``[L, r, r]``; zero where no token has been seen.
+        Symmetric covariances `[L, r, r]`; zero where no token has been seen.
 
     Raises:
         ValueError: The shapes do not match.
@@ -83,7 +83,7 @@ def covariance(gram: Tensor, weight: Tensor) -> Tensor:
     """
     check_square("gram", gram)
     if weight.shape != gram.shape[:1]:
-        raise ValueError(f"weight: expected one count a layer {tuple(gram.shape[:1])}, came {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected one count a layer {tuple(gram.shape[:1])}, got {tuple(weight.shape)}")
     seen = weight > 0
     share = torch.where(seen, 1.0 / torch.where(seen, weight, 1.0), 0.0).to(working(gram).dtype)
     return symmetrize(working(gram)) * per_layer(share, gram)
@@ -107,7 +107,7 @@ def accumulate(total: Tensor, new: Tensor, decay: float = 1.0) -> Tensor:
         The new running sums.
 
     Raises:
-        ValueError: ``decay`` is outside [0, 1].
+        ValueError: `decay` is outside [0, 1].
 
     Example:
         >>> accumulate(torch.tensor([4.0]), torch.tensor([1.0]), decay=0.5)
@@ -123,10 +123,10 @@ def finite_layers(*grams: Tensor) -> Tensor:
     Source: beyond the paper.
 
     Args:
-        *grams: Stacks of statistics of the same layers, each ``[L, ...]``.
+        *grams: Stacks of statistics of the same layers, each `[L, ...]`.
 
     Returns:
-        True where every entry of every stack is finite, bool ``[L]``.
+        True where every entry of every stack is finite, bool `[L]`.
 
     Raises:
         ValueError: No stack was given.
@@ -136,5 +136,5 @@ def finite_layers(*grams: Tensor) -> Tensor:
         tensor([ True, False])
     """
     if not grams:
-        raise ValueError("finite_layers: expected at least one stack [L, ...], came none")
+        raise ValueError("finite_layers: expected at least one stack [L, ...], got none")
     return torch.stack([gram.isfinite().flatten(1).all(dim=1) for gram in grams]).all(dim=0)

@@ -1,6 +1,6 @@
 """Natural-gradient preconditioning in rank space.
 
-Notation: ∇A ``[L, r, d_in]``, ∇B ``[L, d_out, r]``; Σ_a and Σ_g ``[L, r, r]`` are the second moments of a = A x and
+Notation: ∇A `[L, r, d_in]`, ∇B `[L, d_out, r]`; Σ_a and Σ_g `[L, r, r]` are the second moments of a = A x and
 g = ∂L/∂a, and the rank-space Fisher is F ≈ Σ_g ⊗ Σ_a. K-FAC solves with each factor where it belongs:
 
     ∇A ← (Σ_g + λI)⁻¹ ∇A        ∇B ← ∇B (Σ_a + λI)⁻¹
@@ -47,13 +47,13 @@ class DampedInverse(NamedTuple):
     """Inverses of damped factors and how they were reached."""
 
     inverse: Tensor
-    """(Σ + λI)⁻¹, symmetric, ``[L, r, r]``; the identity where ``failed``."""
+    """(Σ + λI)⁻¹, symmetric, `[L, r, r]`; the identity where `failed`."""
     damping: Tensor
-    """λ of the last attempt, ``[L]``."""
+    """λ of the last attempt, `[L]`."""
     attempts: Tensor
-    """Factorisations tried, int64 ``[L]``; 1 where the first λ was enough."""
+    """Factorisations tried, int64 `[L]`; 1 where the first λ was enough."""
     failed: Tensor
-    """True where no λ served, bool ``[L]``."""
+    """True where no λ served, bool `[L]`."""
 
 
 def damping_levels(
@@ -67,23 +67,23 @@ def damping_levels(
 ) -> Tensor:
     """Choose every layer's λ.
 
-    ``absolute`` λ; ``relative`` λ·tr(Σ)/r; ``batch_aware`` λ·max(1, reference_tokens / tokens); ``quantization_aware``
+    `absolute` λ; `relative` λ·tr(Σ)/r; `batch_aware` λ·max(1, reference_tokens / tokens); `quantization_aware`
     λ + noise·tr(Σ)/r, where noise = ‖W − Q(W)‖²/‖W‖² is the relative error a quantised backbone puts on the second
-    moments, so that eigenvalues under that floor are damped away and noise = 0 is ``absolute``.
+    moments, so that eigenvalues under that floor are damped away and noise = 0 is `absolute`.
 
     Source: paper § 'K-FAC' (absolute), appendix J M3 (batch-aware), NF4 safeguards (quantisation-aware: the paper
-    names the idea, the formula is ours); ``relative`` is beyond the paper.
+    names the idea, the formula is ours); `relative` is beyond the paper.
 
     Args:
-        cov: Factors ``[L, r, r]``.
-        damping: The base level, ≥ 0; in units of Σ, or a share of its mean eigenvalue for ``relative``.
-        mode: A ``DampingMode`` or its value.
-        tokens: Tokens per update, ``[L]``; for ``batch_aware``.
-        reference_tokens: Tokens at which the base level is enough; for ``batch_aware``.
-        noise: Relative squared quantisation error, ``[L]``; for ``quantization_aware``.
+        cov: Factors `[L, r, r]`.
+        damping: The base level, ≥ 0; in units of Σ, or a share of its mean eigenvalue for `relative`.
+        mode: A `DampingMode` or its value.
+        tokens: Tokens per update, `[L]`; for `batch_aware`.
+        reference_tokens: Tokens at which the base level is enough; for `batch_aware`.
+        noise: Relative squared quantisation error, `[L]`; for `quantization_aware`.
 
     Returns:
-        λ, ``[L]``, float32 or better.
+        λ, `[L]`, float32 or better.
 
     Raises:
         ValueError: Negative damping, an unknown mode, or an argument the mode needs is missing.
@@ -102,11 +102,11 @@ def damping_levels(
         return base * mean_eigenvalue
     if mode is DampingMode.BATCH_AWARE:
         if tokens is None or reference_tokens is None:
-            raise ValueError("damping_mode 'batch_aware': expected tokens [L] and reference_tokens, came None")
+            raise ValueError("damping_mode 'batch_aware': expected tokens [L] and reference_tokens, got None")
         return base * (reference_tokens / tokens.to(base.dtype).clamp(min=1.0)).clamp(min=1.0)
     if mode is DampingMode.QUANTIZATION_AWARE:
         if noise is None:
-            raise ValueError("damping_mode 'quantization_aware': expected noise [L], came None")
+            raise ValueError("damping_mode 'quantization_aware': expected noise [L], got None")
         return base + noise.to(base.dtype) * mean_eigenvalue
     return base
 
@@ -116,20 +116,20 @@ def damped_inverse(cov: Tensor, damping: Tensor, max_attempts: int = 6) -> Dampe
 
     Only the layers that failed climb. One device-to-host synchronisation an attempt. A factor that no attempt
     inverts (not finite, or all zero with λ = 0) carries no information and must leave the gradient alone: its
-    inverse is the identity and ``failed`` is True.
+    inverse is the identity and `failed` is True.
 
     Source: paper § 'K-FAC' (damping), A.10 (damping climbs on failure).
 
     Args:
-        cov: Factors ``[L, r, r]``.
-        damping: First λ of each layer, ``[L]``.
+        cov: Factors `[L, r, r]`.
+        damping: First λ of each layer, `[L]`.
         max_attempts: Rungs of the ladder, ≥ 1.
 
     Returns:
         The inverses with the λ used, the attempts and the failures.
 
     Raises:
-        ValueError: The shapes do not match or ``max_attempts`` < 1.
+        ValueError: The shapes do not match or `max_attempts` < 1.
 
     Example:
         >>> damped_inverse(torch.eye(2)[None], torch.tensor([1.0])).inverse[0].diagonal()
@@ -137,9 +137,9 @@ def damped_inverse(cov: Tensor, damping: Tensor, max_attempts: int = 6) -> Dampe
     """
     check_square("cov", cov)
     if damping.shape != cov.shape[:1]:
-        raise ValueError(f"damping: expected one level a layer {tuple(cov.shape[:1])}, came {tuple(damping.shape)}")
+        raise ValueError(f"damping: expected one level a layer {tuple(cov.shape[:1])}, got {tuple(damping.shape)}")
     if max_attempts < 1:
-        raise ValueError(f"max_attempts: expected at least 1, came {max_attempts}")
+        raise ValueError(f"max_attempts: expected at least 1, got {max_attempts}")
     cov = symmetrize(working(cov))
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     level = damping.to(cov.dtype)
@@ -261,11 +261,11 @@ def graft(new: Tensor, raw: Tensor) -> Tensor:
     Source: beyond the paper (norm grafting).
 
     Args:
-        new: Preconditioned gradients ``[L, ...]``.
+        new: Preconditioned gradients `[L, ...]`.
         raw: Raw gradients, same shape.
 
     Returns:
-        The rescaled gradients in the dtype of ``new``.
+        The rescaled gradients in the dtype of `new`.
 
     Example:
         >>> graft(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
@@ -283,12 +283,12 @@ def trust_clip(new: Tensor, raw: Tensor, limit: float) -> Tensor:
     Source: paper § 'K-FAC' (optional trust region).
 
     Args:
-        new: Preconditioned gradients ``[L, ...]``.
+        new: Preconditioned gradients `[L, ...]`.
         raw: Raw gradients, same shape.
         limit: Largest allowed ratio of the norms, ≥ 0.
 
     Returns:
-        ``new``, shortened where it was too long, in its dtype.
+        `new`, shortened where it was too long, in its dtype.
 
     Raises:
         ValueError: A negative limit.
@@ -309,11 +309,11 @@ def finite_or_raw(new: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
     Source: beyond the paper.
 
     Args:
-        new: Preconditioned gradients ``[L, ...]``.
+        new: Preconditioned gradients `[L, ...]`.
         raw: Raw gradients, same shape.
 
     Returns:
-        The gradients to use, and True where the raw one was taken, bool ``[L]``.
+        The gradients to use, and True where the raw one was taken, bool `[L]`.
 
     Example:
         >>> finite_or_raw(torch.tensor([[float("nan")], [2.0]]), torch.tensor([[1.0], [1.0]]))
@@ -330,4 +330,4 @@ def _option(kind: type[Option], value: Option | str, setting: str) -> Option:
         return kind(value)
     except ValueError:
         choices = ", ".join(repr(member.value) for member in kind)
-        raise ValueError(f"{setting}: expected one of {choices}, came {value!r}") from None
+        raise ValueError(f"{setting}: expected one of {choices}, got {value!r}") from None

@@ -1,7 +1,7 @@
 """Optional regularisers of the adapter, as quadratic forms of the rank-space activation.
 
-Notation: a = A x ``[.., r]``; Σ_a, Σ_g ``[L, r, r]``; P the projector on the top-k eigenvectors of Σ_a; ΔW = s·B A. Both are
-½ E[aᵀ Q a] with a layer's own Q ``[r, r]``, so that their gradient at a is Q a and nothing but rank-space quantities is needed:
+Notation: a = A x `[.., r]`; Σ_a, Σ_g `[L, r, r]`; P the projector on the top-k eigenvectors of Σ_a; ΔW = s·B A. Both are
+½ E[aᵀ Q a] with a layer's own Q `[r, r]`, so that their gradient at a is Q a and nothing but rank-space quantities is needed:
 
     curvature      Q = λ_K Σ_g                        ½ λ_K tr(Σ_g Σ_a) = ½ λ_K ‖Σ_g^½ Σ_a^½‖²_F
     reprojection   Q = λ_R s² (I−P) BᵀB (I−P)         ½ λ_R E‖(ΔW − ΔW_P) x‖², ΔW_P = s·B P A
@@ -20,11 +20,11 @@ def curvature_form(g_cov: Tensor, weight: float) -> Tensor:
     """Q of the curvature regulariser: λ_K Σ_g.
 
     Args:
-        g_cov: Σ_g ``[L, r, r]``.
+        g_cov: Σ_g `[L, r, r]`.
         weight: λ_K ≥ 0.
 
     Returns:
-        Q ``[L, r, r]``.
+        Q `[L, r, r]`.
 
     Raises:
         ValueError: Negative weight or wrong shape.
@@ -42,12 +42,12 @@ def reprojection_form(projector: Tensor, b_gram: Tensor, weight: float) -> Tenso
     """Q of the reprojection-consistency regulariser: λ_R (I−P) s²BᵀB (I−P).
 
     Args:
-        projector: P ``[L, r, r]``.
-        b_gram: s²·BᵀB ``[L, r, r]``.
+        projector: P `[L, r, r]`.
+        b_gram: s²·BᵀB `[L, r, r]`.
         weight: λ_R ≥ 0.
 
     Returns:
-        Q ``[L, r, r]``.
+        Q `[L, r, r]`.
 
     Raises:
         ValueError: Negative weight or wrong shape.
@@ -68,11 +68,11 @@ def quadratic_penalty(form: Tensor, a_cov: Tensor) -> Tensor:
     """Value of a regulariser: ½ tr(Q Σ_a) = ½ E[aᵀ Q a].
 
     Args:
-        form: Q ``[L, r, r]``.
-        a_cov: Σ_a ``[L, r, r]``.
+        form: Q `[L, r, r]`.
+        a_cov: Σ_a `[L, r, r]`.
 
     Returns:
-        ``[L]``, nats per token for the curvature regulariser at λ_K = 1.
+        `[L]`, nats per token for the curvature regulariser at λ_K = 1.
 
     Example:
         >>> quadratic_penalty(2.0 * torch.eye(2)[None], torch.eye(2)[None])

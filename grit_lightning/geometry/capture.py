@@ -76,9 +76,9 @@ class RankSpaceCapture:
             return
         if output.shape[:-1].numel() != mask.numel():
             raise ValueError(
-                f"Layer '{group.sites[index].name}' sees {output.shape[:-1].numel()} positions, but the batch's attention_mask "
-                f"has {mask.numel()}. Layers that see only some tokens (routed experts) have no known padding: leave them "
-                "out of `adapter.target_modules`, or set `geometry: null`."
+                f"Layer '{group.sites[index].name}': expected the {mask.numel()} positions of the batch's attention_mask, got "
+                f"{output.shape[:-1].numel()}. Layers that see only some tokens (routed experts) have no known padding: leave "
+                "them out of `adapter.target_modules`, or set `geometry: null`."
             )
         activation, mask, scale = output.detach(), mask.reshape(output.shape[:-1]), self._gradient_scale
         if self._measures:

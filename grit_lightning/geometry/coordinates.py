@@ -46,7 +46,7 @@ class CoordinateChange:
         )
         if bool(((self._wanted < 1) | (self._wanted > group.r)).any()):
             raise ValueError(
-                f"Effective ranks must lie in 1 … r = {group.r}, got {sorted(set(self._wanted.tolist()))}."
+                f"ranks: expected effective ranks in 1 … r = {group.r}, got {sorted(set(self._wanted.tolist()))}."
             )
         self._kept = F.rank_mask(self._wanted, group.r)
         masked = torch.tensor([site.name in masked_coordinate for site in group.sites])

@@ -183,8 +183,8 @@ class RankGroup:
         names, shape = [site.name for site in self.sites], state["statistics"]["total"][0].shape
         if state["layers"] != names or shape != self.statistics.total.a.shape:
             raise ValueError(
-                f"The checkpoint holds statistics of {len(state['layers'])} layers with shape {tuple(shape)}, this model has "
-                f"{len(names)} with shape {tuple(self.statistics.total.a.shape)}. "
+                f"Checkpoint: expected statistics of {len(names)} layers with shape {tuple(self.statistics.total.a.shape)}, as "
+                f"this model has, got {len(state['layers'])} with shape {tuple(shape)}. "
                 "Use the adapter configuration (r, target_modules) that the checkpoint was trained with."
             )
         self.statistics.load_state_dict(state["statistics"])

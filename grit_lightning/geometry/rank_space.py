@@ -255,9 +255,9 @@ class RankSpaceGeometry:
         if silent:
             shown = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
             raise RuntimeError(
-                f"{len(silent)} of {len(self.layers)} adapted layers have sent no curvature statistics by the first refresh "
-                f"(optimizer step {self._steps}): {shown}. Either they take no part in the loss, then leave them out of "
-                "`adapter.target_modules`; or their forward pass bypasses lora_A's hook, then set `geometry: null`."
+                f"Expected curvature statistics of all {len(self.layers)} adapted layers by the first refresh (optimizer step "
+                f"{self._steps}), got none of {len(silent)}: {shown}. Either they take no part in the loss, then leave them "
+                "out of `adapter.target_modules`; or their forward pass bypasses lora_A's hook, then set `geometry: null`."
             )
 
     # Reprojection.
@@ -375,7 +375,7 @@ class RankSpaceGeometry:
         """
         if len(state["groups"]) != len(self.groups):
             raise ValueError(
-                f"The checkpoint holds {len(state['groups'])} rank groups, this model has {len(self.groups)}. "
+                f"Checkpoint: expected {len(self.groups)} rank groups, as this model has, got {len(state['groups'])}. "
                 "Use the adapter configuration (r, rank_pattern, target_modules) that the checkpoint was trained with."
             )
         for group, saved in zip(self.groups, state["groups"], strict=True):

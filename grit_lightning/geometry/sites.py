@@ -75,7 +75,7 @@ def find_lora_sites(model: nn.Module) -> list[LoraSite]:
     if not sites:
         found = type(model.active_peft_config).__name__ if isinstance(model, PeftModel) else type(model).__name__
         raise ValueError(
-            f"The geometry needs LoRA layers, but the active adapter ({found}) has none. "
+            f"adapter: expected one with LoRA layers for the geometry to follow, got {found}, which has none. "
             "Use a peft.LoraConfig as `adapter`, or set `geometry: null` to train this adapter without geometry."
         )
     return sites
@@ -91,7 +91,7 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
             continue
         if len(active) > 1:
             raise ValueError(
-                f"Layer '{name}' has {len(active)} active adapters {active}, but the geometry follows one. "
+                f"Layer '{name}': expected one active adapter for the geometry to follow, got {len(active)}: {active}. "
                 "Call model.set_adapter(...) with the adapter to train."
             )
         down = module.lora_A[active[0]] if active else None
@@ -99,13 +99,14 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
             variant = (
                 type(module.lora_variant[active[0]]).__name__ if active and active[0] in module.lora_variant else ""
             )
+            found = f"{type(module).__name__} {variant}".rstrip()
             raise ValueError(
-                f"Layer '{name}' ({type(module).__name__}{' ' + variant if variant else ''}) is not a plain linear LoRA "
-                "layer. Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."
+                f"Layer '{name}': expected a plain linear LoRA layer, got {found}. "
+                "Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."
             )
         yield LoraSite(name, down, module.lora_B[active[0]], module.get_base_layer(), float(module.scaling[active[0]]))
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that receive gradients; works on the meta device, without any weights."""
+    """Count the parameters that receive gradients; works on the meta device, without any weights."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

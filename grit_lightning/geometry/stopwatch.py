@@ -61,10 +61,10 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device | str | None = None, *, enabled: bool = True) -> None:
-        """Starts with nothing measured.
+        """Start with nothing measured.
 
         Args:
-            device: Where the timed work runs. ``None`` uses CUDA events as soon as this process has used CUDA, and the
+            device: Where the timed work runs. None uses CUDA events as soon as this process has used CUDA, and the
                 host clock until then.
             enabled: A disabled stopwatch measures nothing.
         """
@@ -78,7 +78,7 @@ class Stopwatch:
         self._spare_events: list[torch.cuda.Event] = []
 
     def __call__(self, name: str) -> _Span:
-        """Returns a context manager that adds the time spent in it to the section `name`."""
+        """Return a context manager that adds the time spent in it to the section `name`."""
         return _Span(self, name)
 
     @property
@@ -88,7 +88,7 @@ class Stopwatch:
         return dict(self._seconds)
 
     def snapshot(self) -> dict[str, float]:
-        """Returns the seconds by section up to now, without waiting for the device.
+        """Return the seconds by section up to now, without waiting for the device.
 
         The dict is filled once the sections before it are resolved: at the latest when `seconds` is next read.
         """
@@ -102,7 +102,7 @@ class Stopwatch:
         return {"device": self.device, "enabled": self.enabled, "calls": dict(self.calls), "seconds": self.seconds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the sums of `__getstate__`."""
+        """Restore the sums of `__getstate__`."""
         self.__init__(state["device"], enabled=state["enabled"])  # type: ignore[misc]
         self.calls, self._seconds = state["calls"], state["seconds"]
 
@@ -131,7 +131,7 @@ class Stopwatch:
         return event
 
     def _resolve(self, *, wait: bool) -> None:
-        """Adds up pending spans as they ended; without `wait`, up to the first that the device has not reached."""
+        """Add up pending spans as they ended; without `wait`, up to the first that the device has not reached."""
         while self._pending:
             item = self._pending[0]
             if isinstance(item, dict):

@@ -46,7 +46,7 @@ def test_autocast_does_not_round_the_gram(randn):
 
 
 def test_mask_of_the_wrong_shape_is_refused(randn):
-    with pytest.raises(ValueError, match=r"mask: expected one bool a row \(2, 4\), came \(4,\)"):
+    with pytest.raises(ValueError, match=r"mask: expected one bool a row \(2, 4\), got \(4,\)"):
         F.masked_gram(randn(2, 4, 3), torch.ones(4, dtype=torch.bool))
 
 

@@ -91,7 +91,7 @@ def test_swapped_exchanges_the_factors(randn, random_cov):
 
 def test_unknown_pairing_names_the_choices(randn):
     one = torch.ones(1, 1, 1)
-    with pytest.raises(ValueError, match="pairing: expected one of 'kfac', 'swapped', came 'kfc'"):
+    with pytest.raises(ValueError, match="pairing: expected one of 'kfac', 'swapped', got 'kfc'"):
         F.precondition(one, one, one, one, pairing="kfc")
 
 

@@ -277,7 +277,7 @@ def test_maps_follow_the_dtype_at_least_float32(random_cov, dtype):
 @pytest.mark.parametrize("k", [9, -1, torch.tensor([3, 9]), torch.tensor([-1, 3])])
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_outside_the_adapter_are_refused(random_cov, mode, k):
-    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8, came"):
+    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8, got"):
         maps_of(mode, random_cov(2, R), random_cov(2, R), k)
 
 
