@@ -248,9 +248,9 @@ COST = torch.ones(1)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: F.energy_rank(ONE, 0.0), r"threshold: expected a number in \(0, 1\], came 0.0"),
+        (lambda: F.energy_rank(ONE, 0.0), r"threshold: expected a number in \(0, 1\]"),
         (lambda: F.energy_rank(ONE, 1.1), "threshold"),
-        (lambda: F.energy_rank(ONE, 0.9, min_rank=5), "min_rank: expected .* r = 4, came 5"),
+        (lambda: F.energy_rank(ONE, 0.9, min_rank=5), "min_rank: expected .* r = 4"),
         (lambda: F.energy_rank(ONE, 0.9, min_rank=3, max_rank=2), "max_rank: expected a rank between 3 and"),
         (lambda: F.energy_rank(ONE, 0.9, max_rank=5), "max_rank"),
         (lambda: F.energy_rank(torch.ones(4), 0.9), r"values: expected one spectrum a layer \[L, r\]"),

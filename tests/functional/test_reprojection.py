@@ -277,7 +277,7 @@ def test_maps_follow_the_dtype_at_least_float32(random_cov, dtype):
 @pytest.mark.parametrize("k", [9, -1, torch.tensor([3, 9]), torch.tensor([-1, 3])])
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_outside_the_adapter_are_refused(random_cov, mode, k):
-    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8, came"):
+    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8"):
         maps_of(mode, random_cov(2, R), random_cov(2, R), k)
 
 
@@ -291,7 +291,7 @@ def test_blend_outside_the_unit_interval_is_refused(random_cov, mode, blend):
 def test_shapes_that_do_not_match_are_refused(random_cov):
     with pytest.raises(ValueError, match="g_cov: expected the shape of a_cov"):
         F.balancing_transform(random_cov(2, R), random_cov(1, R))
-    with pytest.raises(ValueError, match="one rank a layer"):
+    with pytest.raises(ValueError, match="one rank per layer"):
         F.one_sided_maps(random_cov(2, R), torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="mask of kept coordinates"):
         F.one_sided_maps(random_cov(2, R), torch.ones(2, 3, dtype=torch.bool))
