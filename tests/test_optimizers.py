@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
-from grit_lightning.callbacks.reprojection import maps_rule
+from grit_lightning.functional import maps_rule
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam, NaturalAdam
 
 

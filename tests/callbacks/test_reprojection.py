@@ -181,7 +181,7 @@ def test_a_run_without_loggers_writes_nothing(
     ("settings", "message"),
     [
         ({"trigger": "sometimes"}, "trigger must be period, mass_ratio or angle_drift"),
-        ({"mass_low": 0.9, "mass_high": 0.8}, "0 ≤ low < high ≤ 1, got 0.9 and 0.8"),
+        ({"mass_low": 0.9, "mass_high": 0.8}, r"0 ≤ low < high ≤ 1, got \(0.9, 0.8\)"),
         ({"max_drift": 1.0}, r"max_drift .* must lie in \[0, 1\)"),
     ],
 )
