@@ -25,7 +25,7 @@ from torch import Tensor
 from grit_lightning import GeometryConfig, RankSpaceGeometry
 from grit_lightning import functional as F
 from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
-from grit_lightning.callbacks.reprojection import maps_rule
+from grit_lightning.functional import maps_rule
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Batch = dict[str, Tensor]

@@ -38,13 +38,13 @@ class ScheduledCallback(Callback):
     ) -> None:
         """Check and remember the schedule."""
         super().__init__()
-        name = type(self).__name__
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"{name}.every_n_steps must be an integer ≥ 1 (optimizer steps), got {every_n_steps}.")
-        if start_step < 0:
-            raise ValueError(f"{name}.start_step must be an integer ≥ 0 (optimizer steps), got {start_step}.")
-        if stop_step is not None and stop_step < start_step:
-            raise ValueError(f"{name}.stop_step must be null or ≥ start_step {start_step}, got {stop_step}.")
+        interval, ends_after_start = (
+            every_n_steps is None or every_n_steps >= 1,
+            f"be null or ≥ start_step {start_step}",
+        )
+        self._require("every_n_steps", interval, "be an integer ≥ 1 (optimizer steps)", every_n_steps)
+        self._require("start_step", start_step >= 0, "be an integer ≥ 0 (optimizer steps)", start_step)
+        self._require("stop_step", stop_step is None or stop_step >= start_step, ends_after_start, stop_step)
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.stop_step = stop_step
@@ -52,7 +52,7 @@ class ScheduledCallback(Callback):
         self._last_step = 0
 
     def should_act(self, step: int) -> bool:
-        """Whether to act after optimizer step `step`; override for another schedule."""
+        """Say whether to act after optimizer step `step`; override for another schedule."""
         within = self.start_step <= step <= (step if self.stop_step is None else self.stop_step)
         return self.every_n_steps is not None and within and step % self.every_n_steps == 0
 
@@ -87,10 +87,21 @@ class ScheduledCallback(Callback):
         if self.should_act(step):
             self.on_due_step(trainer, pl_module)
 
-    def _record(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def _log_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Append decisions to the file."""
         if self._events is not None:
             self._events.write(events)
+
+    def _require(self, setting: str, holds: bool, expected: str, got: object) -> None:
+        """Raise ValueError unless a setting is as expected."""
+        if not holds:
+            raise ValueError(f"{type(self).__name__}.{setting} must {expected}, got {got!r}.")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """List the values that a setting may have: `be a, b or c`."""
+    *rest, last = names
+    return f"be {', '.join(rest)} or {last}" if rest else f"be {last}"
 
 
 class GeometryCallback(ScheduledCallback):

@@ -278,7 +278,7 @@ class ForgettingProbe(ScheduledCallback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
         head = {"step": trainer.global_step, "when": when, "adapter": not without_adapter}
-        self._record(_lines(head, probes, scores))
+        self._log_events(_lines(head, probes, scores))
 
     def _tokenizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from grit_lightning import functional as F
-from grit_lightning.callbacks.base import GeometryCallback
+from grit_lightning.callbacks.base import GeometryCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.geometry.coordinates import MapsRule
-from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
-
-Mode = Literal["one_sided", "two_sided", "balanced"]
-Trigger = Literal["period", "mass_ratio", "angle_drift"]
+from grit_lightning.geometry.reprojection_triggers import TRIGGERS, TriggerSettings
 
 
 class ReprojectionEvent(NamedTuple):
@@ -72,13 +66,13 @@ class Reprojection(GeometryCallback):
 
     def __init__(
         self,
-        mode: Mode = "one_sided",
+        mode: str = "one_sided",
         every_n_steps: int = 50,
         start_step: int = 0,
         k: int | None = None,
         blend: float = 1.0,
         keep_dropped: bool = True,
-        trigger: Trigger = "period",
+        trigger: str = "period",
         mass_low: float = 0.8,
         mass_high: float = 0.95,
         max_drift: float = 0.5,
@@ -87,31 +81,23 @@ class Reprojection(GeometryCallback):
     ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step, stop_step, EventLog("reprojections.jsonl"))
-        if mode not in ("one_sided", "two_sided", "balanced"):
-            raise ValueError(f"Reprojection.mode must be one_sided, two_sided or balanced, got {mode!r}.")
-        if k is not None and k < 1:
-            raise ValueError(f"Reprojection.k must be an integer ≥ 1 or null, got {k}.")
-        if not 0.0 < blend <= 1.0:
-            raise ValueError(f"Reprojection.blend must lie in (0, 1], got {blend}.")
-        if trigger not in ("period", "mass_ratio", "angle_drift"):
-            raise ValueError(f"Reprojection.trigger must be period, mass_ratio or angle_drift, got {trigger!r}.")
-        if not 0.0 <= mass_low < mass_high <= 1.0:
-            raise ValueError(
-                f"Reprojection.mass_low and mass_high must satisfy 0 ≤ low < high ≤ 1, got {mass_low} and {mass_high}."
-            )
-        if not 0.0 <= max_drift < 1.0:
-            raise ValueError(f"Reprojection.max_drift (sine of an angle) must lie in [0, 1), got {max_drift}.")
-        self.mode: Mode = mode
+        require, modes = self._require, [member.value for member in F.ReprojectionMode]
+        require("mode", mode in modes, one_of(modes), mode)
+        require("k", k is None or k >= 1, "be an integer ≥ 1 or null", k)
+        require("blend", 0.0 < blend <= 1.0, "lie in (0, 1]", blend)
+        require("trigger", trigger in TRIGGERS, one_of(TRIGGERS), trigger)
+        band = (mass_low, mass_high)
+        require("mass_low and mass_high", 0.0 <= mass_low < mass_high <= 1.0, "satisfy 0 ≤ low < high ≤ 1", band)
+        require("max_drift (sine of an angle)", 0.0 <= max_drift < 1.0, "lie in [0, 1)", max_drift)
+        self.mode = F.ReprojectionMode(mode)
         self.k = k
         self.blend = blend
-        self.keep_dropped = keep_dropped
-        self.preserve_volume = preserve_volume
-        self.trigger: Trigger = trigger
-        self.mass_band = (mass_low, mass_high)
-        self.max_drift = max_drift
+        self.trigger = trigger
         self.events: deque[ReprojectionEvent] = deque(maxlen=10_000)
         self.event_count = 0
-        self._armed = True
+        self._maps = F.maps_rule(self.mode, blend, keep_dropped, preserve_volume)
+        limits = TriggerSettings(every_n_steps, k, mass_low, mass_high, max_drift, self.state_key)
+        self._trigger = TRIGGERS[trigger](limits)
 
     @property
     def events_per_1000_steps(self) -> float:
@@ -143,7 +129,7 @@ class Reprojection(GeometryCallback):
             event = ReprojectionEvent(trainer.global_step, reason)
             self.events.append(event)
             self.event_count += 1
-            self._record([event._asdict()])
+            self._log_events([event._asdict()])
         if not trainer.barebones:
             rate = {"grit/reprojections_per_1000_steps": self.events_per_1000_steps}
             trainer.lightning_module.log_dict(rate, on_step=True, on_epoch=False, batch_size=1)
@@ -155,86 +141,25 @@ class Reprojection(GeometryCallback):
         """Return why a reprojection is due now, or None; moves the trigger's state on."""
         if not any(bool(geometry.has_enough_samples(group).any()) for group in geometry.groups):
             return None
-        if self.trigger == "period":
-            return f"every {self.every_n_steps} steps"
-        if self.trigger == "angle_drift":
-            drift = self._drift(geometry)
-            exceeds = drift is not None and drift > self.max_drift
-            return f"angle drift {drift:.3f} > max_drift {self.max_drift:g}" if exceeds else None
-        ratio = self._mass_ratio(geometry)
-        if ratio is None:
-            return None
-        low, high = self.mass_band
-        inside = low <= ratio <= high
-        fires, self._armed = self._armed and not inside, inside
-        return f"mass ratio {ratio:.3f} outside [{low:g}, {high:g}]" if fires else None
+        return self._trigger.due(geometry)
 
     def reproject(self, geometry: RankSpaceGeometry, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Reproject now."""
         ranks = {name: rank if self.k is None else min(rank, self.k) for name, rank in geometry.ranks.items()}
-        rule = maps_rule(self.mode, self.blend, self.keep_dropped, self.preserve_volume)
-        geometry.reproject(rule, ranks, blend=self.blend, optimizer=optimizer)
-        if self.trigger == "angle_drift":
-            for group in geometry.groups:
-                group.keep_reference(self.state_key)
-
-    def _measured(self, geometry: RankSpaceGeometry) -> Iterator[tuple[RankGroup, Tensor, Tensor]]:
-        """Groups with the ranks `[L]` their layers are cut to, and which layers `[L]` bool a trigger looks at."""
-        for group in geometry.groups:
-            k = group.ranks if self.k is None else group.ranks.clamp(max=self.k)
-            yield group, k, geometry.has_enough_samples(group).cpu() & (k < group.r)
-
-    def _mass_ratio(self, geometry: RankSpaceGeometry) -> float | None:
-        ratios = [
-            F.mass_ratio(F.eigenbasis(group.a_cov.cpu())[0], k)[looked_at]
-            for group, k, looked_at in self._measured(geometry)
-        ]
-        return _mean(ratios)
-
-    def _drift(self, geometry: RankSpaceGeometry) -> float | None:
-        """Mean drift since the references, which layers that have none yet get now."""
-        drifts = []
-        for group, k, looked_at in self._measured(geometry):
-            reference = group.reference(self.state_key)
-            known = reference.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-            group.keep_reference(self.state_key, ~known & geometry.has_enough_samples(group))
-            then, now = F.eigenbasis(reference.cpu())[1], F.eigenbasis(group.a_cov.cpu())[1]
-            drifts.append(F.principal_angle_drift(then, now, k)[looked_at & known.cpu()])
-        return _mean(drifts)
+        geometry.reproject(self._maps, ranks, blend=self.blend, optimizer=optimizer)
+        self._trigger.reprojected(geometry)
 
     # Persistence.
 
     @property
     def state_key(self) -> str:
         """Tells several of these callbacks apart in a checkpoint."""
-        return self._generate_state_key(mode=self.mode, trigger=self.trigger, start_step=self.start_step)
+        return self._generate_state_key(mode=self.mode.value, trigger=self.trigger, start_step=self.start_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trigger's state; the references of `angle_drift` travel with the geometry."""
-        return {"event_count": self.event_count, "armed": self._armed}
+        return {"event_count": self.event_count, "armed": self._trigger.armed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.event_count, self._armed = state_dict["event_count"], state_dict["armed"]
-
-
-def _mean(parts: list[Tensor]) -> float | None:
-    values = torch.cat(parts)
-    return float(values.mean()) if len(values) else None
-
-
-def maps_rule(mode: Mode, blend: float = 1.0, keep_dropped: bool = True, preserve_volume: bool = True) -> MapsRule:
-    """Return the rule `(Σ_a, Σ_g, kept, enough_g) → maps` of a mode, stacked over layers."""
-
-    def rule(a_cov: Tensor, g_cov: Tensor, kept: Tensor, enough_g: Tensor) -> F.ReprojectionMaps:
-        if mode == "one_sided":
-            return F.one_sided_maps(a_cov, kept, blend, keep_dropped=keep_dropped)
-        if mode == "two_sided":
-            return F.two_sided_maps(a_cov, g_cov, kept, blend, enough_g, keep_dropped=keep_dropped)
-        # Without any gradient seen there is nothing to balance against: Σ_a alone decides.
-        balanced = F.balanced_maps(a_cov, g_cov, kept, blend, preserve_volume)
-        fallback = F.one_sided_maps(a_cov, kept, blend, keep_dropped=True)
-        where = enough_g.view(-1, 1, 1)
-        return F.ReprojectionMaps(*(torch.where(where, new, old) for new, old in zip(balanced, fallback, strict=True)))
-
-    return rule
+        self.event_count, self._trigger.armed = state_dict["event_count"], state_dict["armed"]

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
-from grit_lightning.callbacks.reprojection import maps_rule
+from grit_lightning.functional import maps_rule
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam, NaturalAdam
 
 
@@ -166,7 +166,7 @@ def test_a_geometry_optimizer_without_geometry_is_refused(tiny_llama: Any, lora_
 
 @pytest.mark.parametrize("setting", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}])
 def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="EigenbasisAdam.*: expected"):
+    with pytest.raises(ValueError, match=r"EigenbasisAdam.*: expected"):
         EigenbasisAdam([torch.zeros(1)], **setting)
 
 

@@ -1,5 +1,6 @@
 """Pure tensor maths of the method: no Lightning, no PEFT, no input or output."""
 
+from grit_lightning.functional.balancing import balanced_maps, balancing_transform, truncation_cost
 from grit_lightning.functional.carry import (
     GradientMaps,
     carry_covariances,
@@ -8,6 +9,7 @@ from grit_lightning.functional.carry import (
     gradient_maps,
 )
 from grit_lightning.functional.covariance import accumulate, covariance, finite_layers, masked_gram, symmetrize
+from grit_lightning.functional.global_rank import global_budget_rank, global_energy_rank
 from grit_lightning.functional.preconditioning import (
     DampedInverse,
     DampingMode,
@@ -27,25 +29,22 @@ from grit_lightning.functional.rank import (
     energy_rank,
     energy_rank_with_hysteresis,
     entropy_floor_rank,
-    global_budget_rank,
-    global_energy_rank,
     rank_from_energy,
+    rank_with_hysteresis,
     subspace_mixing_mask,
 )
 from grit_lightning.functional.regrowth import Regrowth, regrowth
 from grit_lightning.functional.regularization import curvature_form, quadratic_penalty, reprojection_form
 from grit_lightning.functional.reprojection import (
     ReprojectionMaps,
-    balanced_maps,
-    balancing_transform,
     eigenbasis,
     one_sided_maps,
     projection_cost,
     projector,
     rank_mask,
-    truncation_cost,
     two_sided_maps,
 )
+from grit_lightning.functional.reprojection_modes import MapsRule, ReprojectionMode, maps_rule
 from grit_lightning.functional.spectrum import (
     alignment,
     coefficient_of_variation,
@@ -68,9 +67,11 @@ __all__ = [
     "DampedInverse",
     "DampingMode",
     "GradientMaps",
+    "MapsRule",
     "Pairing",
     "Regrowth",
     "ReprojectionMaps",
+    "ReprojectionMode",
     "accumulate",
     "alignment",
     "balanced_maps",
@@ -100,6 +101,7 @@ __all__ = [
     "global_energy_rank",
     "gradient_maps",
     "graft",
+    "maps_rule",
     "masked_gram",
     "mass_ratio",
     "one_sided_maps",
@@ -114,6 +116,7 @@ __all__ = [
     "quadratic_penalty",
     "rank_from_energy",
     "rank_mask",
+    "rank_with_hysteresis",
     "regrowth",
     "reprojection_form",
     "sparsity",

@@ -1,14 +1,15 @@
-"""How many directions of a spectrum to keep.
+"""How many directions of its spectrum every layer keeps.
 
-Notation: values ``[L, r]`` is one descending, nonnegative spectrum a layer (eigenvalues λ of a factor, or the balanced
-σ); E(m) = Σ_{i≤m} λ_i / Σ_i λ_i is its cumulative energy; k ``[L]`` int64 the ranks chosen.
+Notation: values `[L, r]` is one descending, nonnegative spectrum per layer (eigenvalues λ of a factor, or the
+balanced σ); E(m) = Σ_{i≤m} λ_i / Σ_i λ_i is its cumulative energy; k `[L]` int64 the ranks chosen.
 
-A layer whose spectrum is all zero has given no evidence, and no evidence is no reason to reduce: it keeps ``max_rank``
+A layer whose spectrum is all zero has given no evidence, and no evidence is no reason to reduce: it keeps `max_rank`
 (or its current rank, where there is one). Rounding: eigenvalues below r·eps of the largest are zero, and an energy
 within r·eps of a threshold has reached it (eps of the dtype of the values). Ranks stay on the device of the values.
-"""
 
-import math
+Hysteresis asks a rule three times: strictly, plainly and loosely. What `rank_with_hysteresis` makes of the three answers
+is the same for every rule.
+"""
 
 import torch
 from torch import Tensor
@@ -25,18 +26,18 @@ from grit_lightning.functional.reprojection import rank_mask
 
 
 def cumulative_energy(values: Tensor) -> Tensor:
-    """Share of the energy in the first m directions: E(m) = Σ_{i≤m} λ_i / Σ_i λ_i.
+    """Return the share of the energy in the first m directions: E(m) = Σ_{i≤m} λ_i / Σ_i λ_i.
 
     Source: paper § 'dynamic rank'.
 
     Args:
-        values: Descending spectra ``[L, r]``.
+        values: Descending spectra `[L, r]`.
 
     Returns:
-        E(1) … E(r), ``[L, r]``, float32 or better; all zero for an all-zero spectrum.
+        E(1) … E(r), `[L, r]`, float32 or better; all zero for an all-zero spectrum.
 
     Raises:
-        ValueError: ``values`` is not ``[L, r]``.
+        ValueError: `values` is not `[L, r]`.
 
     Example:
         >>> cumulative_energy(torch.tensor([[6.0, 3.0, 1.0]]))
@@ -58,13 +59,13 @@ def rank_from_energy(
     Source: paper § 'dynamic rank'; averaging the curve first is a paper option.
 
     Args:
-        energy: E(1) … E(r), ``[L, r]``; all zero where nothing is known.
+        energy: E(1) … E(r), `[L, r]`; all zero where nothing is known.
         threshold: τ in (0, 1].
         min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
+        max_rank: Upper bound, an int or `[L]`; None means r.
 
     Returns:
-        Ranks, int64 ``[L]``.
+        Ranks, int64 `[L]`.
 
     Raises:
         ValueError: τ outside (0, 1] or bounds that do not fit.
@@ -80,20 +81,20 @@ def rank_from_energy(
 
 
 def energy_rank(values: Tensor, threshold: float, min_rank: int = 1, max_rank: int | Tensor | None = None) -> Tensor:
-    """The paper's rank rule: k = min{m : Σ_{i≤m} λ_i / Σ_i λ_i ≥ τ}, min_rank ≤ k ≤ max_rank.
+    """Apply the paper's rank rule: k = min{m : Σ_{i≤m} λ_i / Σ_i λ_i ≥ τ}, min_rank ≤ k ≤ max_rank.
 
     τ = 1 gives the numerical rank. An all-zero spectrum gives max_rank.
 
     Source: paper § 'dynamic rank'.
 
     Args:
-        values: Descending spectra ``[L, r]``.
+        values: Descending spectra `[L, r]`.
         threshold: τ in (0, 1].
         min_rank: Lower bound (the paper's min_lora_rank), 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
+        max_rank: Upper bound, an int or `[L]`; None means r.
 
     Returns:
-        Ranks, int64 ``[L]``.
+        Ranks, int64 `[L]`.
 
     Raises:
         ValueError: τ outside (0, 1] or bounds that do not fit.
@@ -105,6 +106,31 @@ def energy_rank(values: Tensor, threshold: float, min_rank: int = 1, max_rank: i
     return rank_from_energy(cumulative_energy(values), threshold, min_rank, max_rank)
 
 
+def rank_with_hysteresis(current: Tensor, strict: Tensor, plain: Tensor, loose: Tensor) -> Tensor:
+    """Move a rank only as far as a rule asks for with some margin to spare.
+
+    It falls to what the strict answer allows, rises to what the plain one wants if even the loose one wants more than
+    there is, and otherwise stays.
+
+    Source: paper § 'dynamic rank' (hysteresis).
+
+    Args:
+        current: Ranks in force, int64 `[L]`.
+        strict: Ranks that a rule wants at its threshold plus a margin, int64 `[L]`.
+        plain: Ranks that it wants at its threshold, at most `strict`.
+        loose: Ranks that it wants at its threshold less the margin, at most `plain`.
+
+    Returns:
+        Ranks, int64 `[L]`.
+
+    Example:
+        >>> strict, plain, loose = torch.tensor([[2, 4, 6], [2, 2, 5], [1, 2, 4]])
+        >>> rank_with_hysteresis(torch.tensor([4, 3, 2]), strict, plain, loose)
+        tensor([2, 3, 5])
+    """
+    return torch.where(loose > current, torch.maximum(plain, current), torch.minimum(strict, current))
+
+
 def energy_rank_with_hysteresis(
     energy: Tensor,
     current: Tensor,
@@ -113,24 +139,24 @@ def energy_rank_with_hysteresis(
     min_rank: int = 1,
     max_rank: int | Tensor | None = None,
 ) -> Tensor:
-    """The energy rule with a dead band, so that a curve trembling around τ does not move the rank.
+    """Apply the energy rule with a dead band, so that a curve trembling around τ does not move the rank.
 
-    Lowered to min{m : E(m) ≥ τ + ε} when that is below the current rank, raised to min{m : E(m) ≥ τ} when E(current)
-    < τ − ε, else kept. τ + ε is cut at 1. ε = 0 is ``energy_rank``, except that a layer without evidence keeps its
-    rank.
+    `rank_with_hysteresis` of the ranks at τ + ε (cut at 1), τ and τ − ε: lowered to min{m : E(m) ≥ τ + ε} when that is
+    below the current rank, raised to min{m : E(m) ≥ τ} when E(current) < τ − ε, else kept. ε = 0 is `energy_rank`,
+    except that a layer without evidence keeps its rank.
 
     Source: paper § 'dynamic rank' (hysteresis).
 
     Args:
-        energy: E(1) … E(r), ``[L, r]``; all zero where nothing is known.
-        current: Ranks in force, int64 ``[L]``.
+        energy: E(1) … E(r), `[L, r]`; all zero where nothing is known.
+        current: Ranks in force, int64 `[L]`.
         threshold: τ in (0, 1].
         hysteresis: ε in [0, 1].
         min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
+        max_rank: Upper bound, an int or `[L]`; None means r.
 
     Returns:
-        Ranks, int64 ``[L]``.
+        Ranks, int64 `[L]`.
 
     Raises:
         ValueError: τ outside (0, 1], ε outside [0, 1], or ranks that do not fit.
@@ -143,12 +169,13 @@ def energy_rank_with_hysteresis(
     check_fraction("hysteresis", hysteresis)
     check_rank("current", current, energy.shape[-1])
     limit = check_rank_limits(min_rank, max_rank, energy.shape[-1])
-    lowered = rank_from_energy(energy, min(threshold + hysteresis, 1.0), min_rank, max_rank)
-    raised = rank_from_energy(energy, threshold, min_rank, max_rank)
     current = current.to(energy.device, torch.int64)
-    held = torch.cat([energy.new_zeros(len(energy), 1), energy], dim=-1).gather(-1, current.unsqueeze(-1)).squeeze(-1)
-    too_low = held < threshold - hysteresis - _slack(energy)
-    proposed = torch.where(too_low, torch.maximum(raised, current), torch.minimum(lowered, current))
+    strict = rank_from_energy(energy, min(threshold + hysteresis, 1.0), min_rank, max_rank)
+    plain = rank_from_energy(energy, threshold, min_rank, max_rank)
+    # Rank 0 holds no energy. It is enough here if τ ≤ ε, so that no bound may lift this answer above it.
+    from_zero = torch.cat([energy.new_zeros(len(energy), 1), energy], dim=-1)
+    loose = (from_zero < threshold - hysteresis - _slack(energy)).sum(dim=-1)
+    proposed = rank_with_hysteresis(current, strict, plain, loose)
     known = energy[..., -1] > 0
     return _clamp(torch.where(known, proposed, current), min_rank, limit)
 
@@ -156,18 +183,18 @@ def energy_rank_with_hysteresis(
 def budget_rank(
     sigma: Tensor, budget: float | Tensor, min_rank: int = 1, max_rank: int | Tensor | None = None
 ) -> Tensor:
-    """The smallest rank whose predicted loss increase stays within a trust region: ½ Σ_{i>k} σ_i² ≤ budget.
+    """Return the smallest rank whose predicted loss increase stays within a trust region: ½ Σ_{i>k} σ_i² ≤ budget.
 
     Source: beyond the paper.
 
     Args:
-        sigma: Balanced spectra, descending ``[L, r]``.
-        budget: Allowed increase of the loss per layer (nats per token), a float or ``[L]``, ≥ 0.
+        sigma: Balanced spectra, descending `[L, r]`.
+        budget: Allowed increase of the loss per layer (nats per token), a float or `[L]`, ≥ 0.
         min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
+        max_rank: Upper bound, an int or `[L]`; None means r.
 
     Returns:
-        Ranks, int64 ``[L]``; max_rank for an all-zero spectrum.
+        Ranks, int64 `[L]`; max_rank for an all-zero spectrum.
 
     Raises:
         ValueError: A negative budget or bounds that do not fit.
@@ -187,95 +214,18 @@ def budget_rank(
     return _clamp(torch.where(cost[..., 0] > 0, ranks, sigma.shape[-1]), min_rank, limit)
 
 
-def global_energy_rank(
-    values: Tensor,
-    threshold: float,
-    cost_per_rank: Tensor,
-    min_rank: int = 1,
-    max_rank: int | Tensor | None = None,
-) -> Tensor:
-    """One energy threshold over all layers: keep a share τ of Σ_l Σ_i λ_li with few parameters.
-
-    Directions are taken in order of λ/cost until the threshold is met. λ must be comparable between layers: balanced σ²
-    (a loss) is, eigenvalues of Σ_a in an arbitrary gauge are not.
-
-    Source: beyond the paper.
-
-    Args:
-        values: Descending spectra ``[L, r]``; layers of smaller rank are padded with zeros and bounded by ``max_rank``.
-        threshold: τ in (0, 1].
-        cost_per_rank: Parameters that one direction costs, d_in + d_out, ``[L]``.
-        min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
-
-    Returns:
-        Ranks, int64 ``[L]``; max_rank for layers with an all-zero spectrum.
-
-    Raises:
-        ValueError: τ outside (0, 1], bounds that do not fit, or shapes that do not match.
-
-    Example:
-        >>> global_energy_rank(torch.tensor([[8.0, 1.0], [0.5, 0.5]]), 0.9, torch.tensor([10, 10]), min_rank=0)
-        tensor([2, 0])
-    """
-    check_spectrum("values", values)
-    check_fraction("threshold", threshold, open_left=True)
-    gain = _denoised(values).double()
-    allowed = (1.0 - threshold + _slack(values)) * gain.sum()
-    return _greedy_rank(gain, allowed, cost_per_rank, min_rank, max_rank)
-
-
-def global_budget_rank(
-    sigma: Tensor,
-    budget: float,
-    cost_per_rank: Tensor,
-    min_rank: int = 1,
-    max_rank: int | Tensor | None = None,
-) -> Tensor:
-    """One loss budget over all layers: Σ_l ½ Σ_{i>k_l} σ_li² ≤ budget, spending parameters where they buy most loss.
-
-    Directions are kept in order of σ²/cost until what is left over fits the budget: the greedy solution of the
-    knapsack, optimal up to the last direction taken.
-
-    Source: beyond the paper.
-
-    Args:
-        sigma: Balanced spectra, descending ``[L, r]``; layers of smaller rank are padded with zeros and bounded by
-            ``max_rank``.
-        budget: Allowed increase of the loss, all layers together (nats per token), ≥ 0.
-        cost_per_rank: Parameters that one direction costs, d_in + d_out, ``[L]``.
-        min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
-
-    Returns:
-        Ranks, int64 ``[L]``; max_rank for layers with an all-zero spectrum.
-
-    Raises:
-        ValueError: A negative budget, bounds that do not fit, or shapes that do not match.
-
-    Example:
-        >>> global_budget_rank(torch.tensor([[4.0, 1.0], [2.0, 1.0]]), 1.0, torch.tensor([10, 10]))
-        tensor([1, 1])
-    """
-    check_spectrum("sigma", sigma)
-    check_not_negative("budget", budget)
-    gain = 0.5 * _denoised(sigma).double().square()
-    allowed = torch.as_tensor(budget * (1.0 + _slack(sigma)), dtype=gain.dtype, device=gain.device)
-    return _greedy_rank(gain, allowed, cost_per_rank, min_rank, max_rank)
-
-
 def entropy_floor_rank(values: Tensor, min_rank: int = 1, max_rank: int | Tensor | None = None) -> Tensor:
-    """A lower bound on the rank that guards against collapse: ⌈exp(H)⌉, H the entropy of the normalised spectrum.
+    """Return a lower bound on the rank that guards against collapse: ⌈exp(H)⌉, H the entropy of the normalised spectrum.
 
     Source: paper § 'could dynamic rank collapse' (spectral entropy is monitored; the bound is ours).
 
     Args:
-        values: Descending spectra ``[L, r]``.
+        values: Descending spectra `[L, r]`.
         min_rank: Lower bound, 0 ≤ min_rank ≤ r.
-        max_rank: Upper bound, an int or ``[L]``; None means r.
+        max_rank: Upper bound, an int or `[L]`; None means r.
 
     Returns:
-        Ranks, int64 ``[L]``; max_rank for an all-zero spectrum.
+        Ranks, int64 `[L]`; max_rank for an all-zero spectrum.
 
     Raises:
         ValueError: Bounds that do not fit.
@@ -298,21 +248,21 @@ def entropy_floor_rank(values: Tensor, min_rank: int = 1, max_rank: int | Tensor
 def subspace_mixing_mask(
     k: int | Tensor, r: int, probability: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Stochastic subspace mixing: with probability p a layer leaves out one of its k kept directions, chosen evenly.
+    """Mask one of a layer's k kept directions, chosen evenly, with probability p (stochastic subspace mixing).
 
-    A layer with fewer than two directions loses none. Pass the mask where a reprojection takes k. Every process must
-    draw the same numbers: seed the generators alike. Draws on the generator's device.
+    A layer with fewer than two directions keeps them. Pass the mask where a reprojection takes k. Every process must
+    draw the same numbers: seed the generators alike. The numbers are drawn on the generator's device.
 
     Source: paper, table of failure modes (stochastic subspace mixing).
 
     Args:
-        k: Ranks ``[L]`` or one int for a single layer.
+        k: Ranks `[L]` or one int for a single layer.
         r: The adapter's rank.
         probability: p in [0, 1].
         generator: Source of randomness; None takes torch's global one.
 
     Returns:
-        Coordinates to keep, bool ``[L, r]``, on the device of ``k``.
+        Coordinates to keep, bool `[L, r]`, on the device of `k`.
 
     Raises:
         ValueError: p outside [0, 1] or a rank outside [0, r].
@@ -332,34 +282,14 @@ def subspace_mixing_mask(
     return kept & ~(dropped.unsqueeze(-1) & (index == chosen.unsqueeze(-1)))
 
 
-def _greedy_rank(
-    gain: Tensor, allowed_loss: Tensor, cost_per_rank: Tensor, min_rank: int, max_rank: int | Tensor | None
-) -> Tensor:
-    """Keep directions in order of gain/cost until the gain of those left out is at most ``allowed_loss``."""
-    layers, r = gain.shape
-    limit = check_rank_limits(min_rank, max_rank, r)
-    if cost_per_rank.shape != (layers,):
-        raise ValueError(f"cost_per_rank: expected one cost a layer {(layers,)}, came {tuple(cost_per_rank.shape)}")
-    ceiling = torch.as_tensor(limit, device=gain.device).expand(layers)
-    index = torch.arange(r, device=gain.device)
-    # Within a layer the gain descends at one cost, so a stable order always takes a prefix of its directions.
-    score = (gain / cost_per_rank.to(gain).unsqueeze(-1)).masked_fill(index < min_rank, math.inf)
-    score = score.masked_fill(index >= ceiling.unsqueeze(-1), -math.inf)
-    order = score.flatten().argsort(descending=True, stable=True)
-    left_out = _tail_sums(gain.flatten()[order])[:-1]
-    kept = torch.zeros(layers * r, dtype=torch.bool, device=gain.device).scatter(0, order, left_out > allowed_loss)
-    ranks = torch.where(gain[..., 0] > 0, kept.reshape(layers, r).sum(dim=-1), r)
-    return _clamp(ranks, min_rank, limit)
-
-
 def _tail_sums(values: Tensor) -> Tensor:
-    """Σ_{i>m} values_i for m = 0 … r, ``[..., r + 1]``, summed from the small end."""
+    """Return Σ_{i>m} values_i for m = 0 … r, `[..., r + 1]`, summed from the small end."""
     tail = values.flip(-1).cumsum(dim=-1).flip(-1)
     return torch.cat([tail, torch.zeros_like(tail[..., :1])], dim=-1)
 
 
 def _slack(values: Tensor) -> float:
-    """Rounding of a sum over a spectrum, relative to its total."""
+    """Return the rounding error of a sum over a spectrum, relative to its total."""
     return values.shape[-1] * torch.finfo(working(values).dtype).eps
 
 

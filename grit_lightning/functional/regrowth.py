@@ -1,8 +1,8 @@
 """Which dropped direction of an adapter should return: what its gradient says, since its curvature cannot.
 
-Notation as in ``reprojection``; K the first k coordinates, D the rest. Where a cut zeroed B's columns D but kept A's
+Notation as in `reprojection`; K the first k coordinates, D the rest. Where a cut zeroed B's columns D but kept A's
 rows, g_D = s·B_Dᵀδ is zero: Σ_g and every σ say that the direction is worth nothing, however the data change. Yet B's
-gradient there, ∇B_D = s·δ a_Dᵀ, is not zero, and autograd computes it anyway. With M = E[∇Bᵀ∇B] ``[L, r, r]`` over
+gradient there, ∇B_D = s·δ a_Dᵀ, is not zero, and autograd computes it anyway. With M = E[∇Bᵀ∇B] `[L, r, r]` over
 steps and F ≈ E[δδᵀ] ⊗ Σ_a for B, the loss that a natural-gradient step on B can win is, for δ alike in all outputs,
 proportional to tr(Σ_a⁻¹M). Its K block is what the kept directions win; what D adds is the Schur complement
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from grit_lightning.functional._common import check_rank, check_square
+from grit_lightning.functional.balancing import BALANCING_FLOOR
 from grit_lightning.functional.reprojection import (
-    BALANCING_FLOOR,
     ReprojectionMaps,
     _fix_signs,
     eigenbasis,
@@ -33,19 +33,19 @@ class Regrowth(NamedTuple):
     maps: ReprojectionMaps
     """A rotation of the dropped coordinates, exact in every respect, which puts the one with the largest gain first."""
     gain: Tensor
-    """``[L, r]``: gain of the direction at each coordinate under ``maps``, relative to the mean over kept directions;
+    """`[L, r]`: gain of the direction at each coordinate under `maps`, relative to the mean over kept directions;
     zero at kept coordinates, and where nothing has been observed."""
 
 
 def regrowth(a_cov: Tensor, gradient_gram: Tensor, k: Tensor) -> Regrowth:
-    """Orders the dropped directions by the gain that B's gradient promises. Runs in float64.
+    """Order the dropped directions by the gain that B's gradient promises. Runs in float64.
 
     Source: beyond the paper (which says that dropped directions 'can re-enter', but not what would tell).
 
     Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        gradient_gram: M = E[∇Bᵀ∇B] up to a factor a layer, over raw gradients, ``[L, r, r]``.
-        k: Ranks in force, int64 ``[L]``, each ≥ 1.
+        a_cov: Σ_a `[L, r, r]`.
+        gradient_gram: M = E[∇Bᵀ∇B] up to a factor per layer, over raw gradients, `[L, r, r]`.
+        k: Ranks in force, int64 `[L]`, each ≥ 1.
 
     Returns:
         The maps and gains, in the dtype of Σ_a.
@@ -61,7 +61,9 @@ def regrowth(a_cov: Tensor, gradient_gram: Tensor, k: Tensor) -> Regrowth:
     """
     check_square("a_cov", a_cov)
     if gradient_gram.shape != a_cov.shape:
-        raise ValueError(f"gradient_gram: expected the shape of a_cov {tuple(a_cov.shape)}, came {gradient_gram.shape}")
+        raise ValueError(
+            f"gradient_gram: expected the shape of a_cov {tuple(a_cov.shape)}, got {tuple(gradient_gram.shape)}"
+        )
     r = a_cov.shape[-1]
     check_rank("k", k, r, lowest=1)
     k = k.to(a_cov.device)
@@ -93,13 +95,13 @@ def regrowth(a_cov: Tensor, gradient_gram: Tensor, k: Tensor) -> Regrowth:
 
 
 def _unit_trace(matrices: Tensor) -> Tensor:
-    """Each matrix over its trace; zero stays zero."""
+    """Divide each matrix by its trace; zero stays zero."""
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
     return matrices / torch.where(trace > 0, trace, 1.0)
 
 
 def _inverse_root(cov: Tensor, block: Tensor, floor: Tensor) -> Tensor:
-    """Σ^−½ of the block ``[L, r]`` marks, zero outside it, with eigenvalues lifted to ``floor`` ``[L, 1]``."""
+    """Return Σ^−½ of the block `[L, r]` marks, zero outside it, with eigenvalues lifted to `floor` `[L, 1]`."""
     outer = block.unsqueeze(-1) & block.unsqueeze(-2)
     values, vectors = eigenbasis(cov.masked_fill(~outer, 0.0))
     lifted = torch.maximum(values, floor)

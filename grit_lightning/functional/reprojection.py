@@ -1,6 +1,6 @@
 """Reprojection: rotate (and cut) the rank space of an adapter along its covariances.
 
-Notation: ΔW = s·B A with A ``[r, d_in]``, B ``[d_out, r]``; Σ_a = E[a aᵀ], Σ_g = E[g gᵀ] ``[L, r, r]`` with a = A x and
+Notation: ΔW = s·B A with A `[r, d_in]`, B `[d_out, r]`; Σ_a = E[a aᵀ], Σ_g = E[g gᵀ] `[L, r, r]` with a = A x and
 g = s·Bᵀδ; D_k = diag(1 for the first k coordinates, 0 after); U the eigenvectors of a factor, eigenvalues descending;
 γ the blend. A reprojection is a pair of linear maps of the rank space, A ← a_map A and B ← B b_map, so that
 ΔW → s·B M A with M = b_map a_map.
@@ -17,25 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grit_lightning.functional._common import check_fraction, check_rank, check_spectrum, check_square, working
+from grit_lightning.functional._common import check_fraction, check_rank, check_square, working
 from grit_lightning.functional.covariance import symmetrize
-
-BALANCING_FLOOR = 1e-6
-"""Smallest eigenvalue, relative to the largest, that the balancing transform takes at its word: just above the rounding
-noise of a float32 covariance. It bounds the transform's condition number by 1e3."""
 
 
 class ReprojectionMaps(NamedTuple):
     """The two linear maps of a reprojection: A ← a_map A, B ← B b_map."""
 
     a_map: Tensor
-    """``[L, r, r]``, acts on A from the left."""
+    """`[L, r, r]`, acts on A from the left."""
     b_map: Tensor
-    """``[L, r, r]``, acts on B from the right."""
+    """`[L, r, r]`, acts on B from the right."""
 
 
 def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric matrices, largest first.
+    """Return eigenvalues and eigenvectors of symmetric matrices, largest first.
 
     The sign of an eigenvector is arbitrary; here its largest entry is positive, so that the basis of a matrix that is
     already diagonal is the identity and a second reprojection has nothing to do.
@@ -43,13 +39,13 @@ def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
     Source: paper § 'neural reprojection'; the sign rule is beyond the paper.
 
     Args:
-        cov: Symmetric, finite, ``[L, r, r]``.
+        cov: Symmetric, finite, `[L, r, r]`.
 
     Returns:
-        Eigenvalues clamped at zero, descending ``[L, r]``, and eigenvectors as columns ``[L, r, r]``.
+        Eigenvalues clamped at zero, descending `[L, r]`, and eigenvectors as columns `[L, r, r]`.
 
     Raises:
-        ValueError: ``cov`` is not a stack of square matrices.
+        ValueError: `cov` is not a stack of square matrices.
 
     Example:
         >>> values, vectors = eigenbasis(torch.diag(torch.tensor([1.0, 3.0]))[None])
@@ -68,11 +64,11 @@ def rank_mask(k: int | Tensor, r: int) -> Tensor:
     Source: paper § 'dynamic rank'.
 
     Args:
-        k: Ranks, int64 ``[L]`` (or one int for a single layer).
+        k: Ranks, int64 `[L]` (or one int for a single layer).
         r: The adapter's rank.
 
     Returns:
-        True for kept coordinates, bool ``[L, r]``.
+        True for kept coordinates, bool `[L, r]`.
 
     Raises:
         ValueError: A rank lies outside [0, r].
@@ -88,16 +84,16 @@ def rank_mask(k: int | Tensor, r: int) -> Tensor:
 
 
 def projector(vectors: Tensor, k: int | Tensor) -> Tensor:
-    """Orthogonal projector on the first k columns: P = U D_k Uᵀ.
+    """Return the orthogonal projector on the first k columns: P = U D_k Uᵀ.
 
     Source: paper § 'neural reprojection'.
 
     Args:
-        vectors: Orthonormal columns ``[L, r, r]``.
-        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        vectors: Orthonormal columns `[L, r, r]`.
+        k: Ranks `[L]` or one int; or the coordinates to keep, bool `[L, r]`.
 
     Returns:
-        Projectors ``[L, r, r]``.
+        Projectors `[L, r, r]`.
 
     Raises:
         ValueError: A rank lies outside [0, r].
@@ -113,16 +109,16 @@ def projector(vectors: Tensor, k: int | Tensor) -> Tensor:
 def one_sided_maps(
     a_cov: Tensor, k: int | Tensor, blend: float = 1.0, *, keep_dropped: bool = False
 ) -> ReprojectionMaps:
-    """The paper's one-sided reprojection: both factors are projected on the top eigenvectors of Σ_a.
+    """Project both factors on the top eigenvectors of Σ_a: the paper's one-sided reprojection.
 
-    a_map = ((1−γ)I + γD_k) Uᵀ, b_map = U ((1−γ)I + γD_k), hence M = ((1−γ)I + γP_A)². With ``keep_dropped`` B takes A's
+    a_map = ((1−γ)I + γD_k) Uᵀ, b_map = U ((1−γ)I + γD_k), hence M = ((1−γ)I + γP_A)². With `keep_dropped` B takes A's
     share of the cut as well: a_map = Uᵀ and the same M, but the rows of A beyond k stay to be measured.
 
     Source: paper § 'neural reprojection' (Q-GRIT_uni).
 
     Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        a_cov: Σ_a `[L, r, r]`.
+        k: Ranks `[L]` or one int; or the coordinates to keep, bool `[L, r]`.
         blend: γ in [0, 1]; 1 is a full projection.
         keep_dropped: Rotate A without cutting it, so that a dropped direction still gives B a gradient and can return.
 
@@ -153,7 +149,7 @@ def two_sided_maps(
     *,
     keep_dropped: bool = False,
 ) -> ReprojectionMaps:
-    """The paper's two-sided reprojection: A on the top eigenvectors of Σ_a, B on those of Σ_g.
+    """Project A on the top eigenvectors of Σ_a and B on those of Σ_g: the paper's two-sided reprojection.
 
     a_map = ((1−γ)I + γD_k) U_Aᵀ, b_map = ((1−γ)I + γP_G) U_A, hence M = ((1−γ)I + γP_G)((1−γ)I + γP_A). At γ = 1 the
     columns of B beyond k meet rows of A that are zero; they are zeroed too, so that the adapter has rank k.
@@ -161,12 +157,12 @@ def two_sided_maps(
     Source: paper § 'neural reprojection' (Q-GRIT).
 
     Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        g_cov: Σ_g ``[L, r, r]``.
-        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
+        a_cov: Σ_a `[L, r, r]`.
+        g_cov: Σ_g `[L, r, r]`.
+        k: Ranks `[L]` or one int; or the coordinates to keep, bool `[L, r]`.
         blend: γ in [0, 1]; 1 is a full projection.
-        use_g: False where Σ_g has too few samples and P_A stands in for P_G, bool ``[L]``; None trusts every layer.
-        keep_dropped: As in ``one_sided_maps``.
+        use_g: False where Σ_g has too few samples and P_A stands in for P_G, bool `[L]`; None trusts every layer.
+        keep_dropped: As in `one_sided_maps`.
 
     Returns:
         The maps.
@@ -192,120 +188,8 @@ def two_sided_maps(
     return ReprojectionMaps(one_sided.a_map, b_map)
 
 
-def balancing_transform(
-    a_cov: Tensor, g_cov: Tensor, floor: float = BALANCING_FLOOR, preserve_volume: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The change of gauge in which both factors are the same diagonal: T Σ_a Tᵀ = T⁻ᵀ Σ_g T⁻¹ = diag(σ).
-
-    Σ_a = L Lᵀ, Lᵀ Σ_g L = V S² Vᵀ, T = S^½ Vᵀ L⁻¹ (balanced truncation). σ are the singular values of Σ_g^½ Σ_a^½;
-    they do not depend on the gauge, unlike the eigenvalues of either factor.
-
-    For T alone the eigenvalues of each factor are lifted to ``floor`` times the largest, and a factor that is zero
-    (Σ_g at B = 0) stands as its partner's mean eigenvalue times the identity. So T is finite, its condition number is
-    at most floor^−½, and T T⁻¹ = I whatever the factors are; σ is that of the factors as they came. Runs in float64.
-
-    Source: beyond the paper.
-
-    Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        g_cov: Σ_g ``[L, r, r]``.
-        floor: Relative floor on the eigenvalues that build T, in (0, 1].
-        preserve_volume: Divide T by |det T|^(1/r). Early in training Σ_g is far smaller than Σ_a, and T shrinks A and
-            grows B by the fourth root of their ratio, which an optimizer with a fixed step length feels; this keeps
-            the mean scale of both. The factors then become c²·diag(σ) and diag(σ)/c².
-
-    Returns:
-        T ``[L, r, r]``, T⁻¹ ``[L, r, r]`` and σ descending ``[L, r]``, in the dtype of the factors (float32 or better).
-
-    Raises:
-        ValueError: The shapes differ or ``floor`` lies outside (0, 1].
-
-    Example:
-        >>> t, t_inverse, sigma = balancing_transform(torch.diag(torch.tensor([4.0, 1.0]))[None], torch.eye(2)[None])
-        >>> sigma[0]
-        tensor([2., 1.])
-    """
-    _check_pair(a_cov, g_cov)
-    check_fraction("floor", floor, open_left=True)
-    dtype = torch.promote_types(working(a_cov).dtype, working(g_cov).dtype)
-    a_values, a_vectors = eigenbasis(a_cov.double())
-    g_values, g_vectors = eigenbasis(g_cov.double())
-    # Square roots L (Σ = L Lᵀ), as they came and lifted.
-    sigma = torch.linalg.svdvals(
-        (g_vectors * g_values.sqrt().unsqueeze(-2)).mT @ (a_vectors * a_values.sqrt().unsqueeze(-2))
-    )
-    a_root = _lift(a_values, g_values, floor).sqrt().unsqueeze(-2)
-    g_root = _lift(g_values, a_values, floor).sqrt().unsqueeze(-2)
-    a_factor = a_vectors * a_root
-    _, s, v_t = torch.linalg.svd((g_vectors * g_root).mT @ a_factor)
-    v = _fix_signs(v_t.mT)
-    scale = s.sqrt()
-    if preserve_volume:
-        scale = scale / (scale.log() - a_root.squeeze(-2).log()).mean(dim=-1, keepdim=True).exp()
-    t = scale.unsqueeze(-1) * (v.mT @ (a_vectors / a_root).mT)
-    t_inverse = (a_factor @ v) / scale.unsqueeze(-2)
-    return t.to(dtype), t_inverse.to(dtype), sigma.to(dtype)
-
-
-def balanced_maps(
-    a_cov: Tensor, g_cov: Tensor, k: int | Tensor, blend: float = 1.0, preserve_volume: bool = False
-) -> ReprojectionMaps:
-    """Balanced truncation: a_map = T, b_map = T⁻¹((1−γ)I + γD_k), the cheapest rank-k cut under F.
-
-    Only the columns of B beyond k are cut; the rows of A stay, so a dropped direction contributes nothing yet still
-    receives gradient and can come back.
-
-    Source: beyond the paper.
-
-    Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        g_cov: Σ_g ``[L, r, r]``.
-        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
-        blend: γ in [0, 1]; 1 drops the directions beyond k.
-        preserve_volume: Keep the mean scale of A and B; see ``balancing_transform``.
-
-    Returns:
-        The maps.
-
-    Raises:
-        ValueError: The shapes differ, a rank lies outside [0, r] or γ outside [0, 1].
-
-    Example:
-        >>> maps = balanced_maps(torch.eye(2)[None], torch.diag(torch.tensor([16.0, 1.0]))[None], 2)
-        >>> maps.a_map[0], maps.b_map[0]
-        (tensor([[2., 0.],
-                [0., 1.]]), tensor([[0.5000, 0.0000],
-                [0.0000, 1.0000]]))
-    """
-    t, t_inverse, _ = balancing_transform(a_cov, g_cov, preserve_volume=preserve_volume)
-    return ReprojectionMaps(t, t_inverse * _blended(k, t, blend).unsqueeze(-2))
-
-
-def truncation_cost(sigma: Tensor, k: int | Tensor) -> Tensor:
-    """Predicted loss increase of a balanced cut at rank k: ½ Σ_{i>k} σ_i², the least that any rank-k choice can cost.
-
-    Source: beyond the paper.
-
-    Args:
-        sigma: Balanced spectrum, descending ``[L, r]``.
-        k: Ranks ``[L]`` or one int; or the coordinates to keep, bool ``[L, r]``.
-
-    Returns:
-        The cost in units of the loss (summed over nothing: per token), ``[L]``.
-
-    Raises:
-        ValueError: A rank lies outside [0, r].
-
-    Example:
-        >>> truncation_cost(torch.tensor([[3.0, 2.0, 1.0]]), 1)
-        tensor([2.5000])
-    """
-    check_spectrum("sigma", sigma)
-    return 0.5 * working(sigma).square().masked_fill(_kept(k, sigma), 0.0).sum(dim=-1)
-
-
 def projection_cost(a_cov: Tensor, g_cov: Tensor, m: Tensor) -> Tensor:
-    """Predicted loss increase of ΔW = B A → B M A: ½ tr(Eᵀ Σ_g E Σ_a) with E = I − M.
+    """Predict the loss increase of ΔW = B A → B M A: ½ tr(Eᵀ Σ_g E Σ_a) with E = I − M.
 
     The output moves by −s·B E a, so with g = s·Bᵀδ the loss moves by −gᵀE a to first order. Its square averages to
     E[gᵀE a aᵀEᵀg] = tr(Eᵀ Σ_g E Σ_a) when g gᵀ and a aᵀ are uncorrelated (K-FAC), and ½ of that is the Fisher
@@ -314,12 +198,12 @@ def projection_cost(a_cov: Tensor, g_cov: Tensor, m: Tensor) -> Tensor:
     Source: beyond the paper.
 
     Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        g_cov: Σ_g ``[L, r, r]``.
-        m: The map of the rank space, ``b_map @ a_map``, ``[L, r, r]``.
+        a_cov: Σ_a `[L, r, r]`.
+        g_cov: Σ_g `[L, r, r]`.
+        m: The map of the rank space, `b_map @ a_map`, `[L, r, r]`.
 
     Returns:
-        The cost in units of the loss, per token, ``[L]``.
+        The cost in units of the loss, per token, `[L]`.
 
     Raises:
         ValueError: The shapes differ.
@@ -341,33 +225,25 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 
 
 def _kept(k: int | Tensor, like: Tensor) -> Tensor:
-    """Coordinates to keep, bool ``[L, r]``, from ranks or from such a mask, on the device of ``like`` ``[L, …, r]``."""
+    """Return the coordinates to keep, bool `[L, r]`, from ranks or from such a mask, on the device of `like` `[L, …, r]`."""
     layers, r = like.shape[0], like.shape[-1]
     if isinstance(k, Tensor) and k.dtype == torch.bool:
         if k.shape != (layers, r):
-            raise ValueError(f"k: expected a mask of kept coordinates {(layers, r)}, came {tuple(k.shape)}")
+            raise ValueError(f"k: expected a mask of kept coordinates {(layers, r)}, got {tuple(k.shape)}")
         return k.to(like.device)
     if isinstance(k, Tensor) and k.shape not in ((), (layers,)):
-        raise ValueError(f"k: expected one rank a layer {(layers,)}, came {tuple(k.shape)}")
+        raise ValueError(f"k: expected one rank per layer {(layers,)}, got {tuple(k.shape)}")
     return rank_mask(k, r).to(like.device).expand(layers, r)
 
 
 def _blended(k: int | Tensor, like: Tensor, blend: float) -> Tensor:
-    """The diagonal of (1−γ)I + γD_k, ``[L, r]``."""
+    """Return the diagonal of (1−γ)I + γD_k, `[L, r]`."""
     check_fraction("blend", blend)
     return (1.0 - blend) + blend * _kept(k, like).to(like.dtype)
-
-
-def _lift(values: Tensor, partner: Tensor, floor: float) -> Tensor:
-    """Eigenvalues lifted to ``floor`` times the largest; a zero spectrum becomes its partner's mean, or one."""
-    mean = partner.mean(dim=-1, keepdim=True)
-    neutral = torch.where(mean > 0, mean, 1.0)
-    largest = values.amax(dim=-1, keepdim=True)
-    return torch.where(largest > 0, torch.maximum(values, floor * largest), neutral)
 
 
 def _check_pair(a_cov: Tensor, g_cov: Tensor) -> None:
     """Raise ValueError unless both factors are square stacks of one shape."""
     check_square("a_cov", a_cov)
     if g_cov.shape != a_cov.shape:
-        raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, came {tuple(g_cov.shape)}")
+        raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, got {tuple(g_cov.shape)}")

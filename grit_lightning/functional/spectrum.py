@@ -1,8 +1,12 @@
 """Geometry telemetry: what a spectrum, a subspace or an update looks like, as numbers to log.
 
-Notation: values ``[L, r]`` is a descending, nonnegative spectrum (eigenvalues of a factor, or singular values where
-said); U, V ``[L, r, r]`` orthonormal columns, U_k the first k; Σ_a, Σ_g ``[L, r, r]``. Every function returns one
-number a layer, ``[L]``, without leaving the device.
+Notation: values `[L, r]` is a descending, nonnegative spectrum (eigenvalues of a factor, or singular values where
+said); U, V `[L, r, r]` orthonormal columns, U_k the first k; Σ_a, Σ_g `[L, r, r]`. Every function returns one
+number per layer, `[L]`, without leaving the device.
+
+Nothing in a training run calls `stable_rank`, `condition_number`, `alignment`, `curvature_exposure`,
+`projected_curvature`, `tail_mass`, `sparsity`, `direction_jitter`, `covariance_variance` and `coefficient_of_variation`
+yet: they are there for dashboards and reports.
 """
 
 import torch
@@ -20,16 +24,16 @@ from grit_lightning.functional.rank import energy_rank
 
 
 def effective_rank(values: Tensor, eta: float = 0.99) -> Tensor:
-    """Directions that hold a share η of the energy: r_eff = min{m : E(m) ≥ η}.
+    """Count the directions that hold a share η of the energy: r_eff = min{m : E(m) ≥ η}.
 
     Source: paper § 'geometry telemetry'.
 
     Args:
-        values: Descending spectra ``[L, r]``.
+        values: Descending spectra `[L, r]`.
         eta: η in (0, 1].
 
     Returns:
-        int64 ``[L]``; r for an all-zero spectrum.
+        int64 `[L]`; r for an all-zero spectrum.
 
     Raises:
         ValueError: η outside (0, 1].
@@ -42,15 +46,15 @@ def effective_rank(values: Tensor, eta: float = 0.99) -> Tensor:
 
 
 def participation_ratio(values: Tensor) -> Tensor:
-    """How many directions take part: (Σσ)² / Σσ², between 1 and r; zero for an all-zero spectrum.
+    """Count the directions that take part: (Σσ)² / Σσ², between 1 and r; zero for an all-zero spectrum.
 
     Source: paper, appendix (effective rank trajectory).
 
     Args:
-        values: Spectra ``[L, r]``.
+        values: Spectra `[L, r]`.
 
     Returns:
-        ``[L]``.
+        `[L]`.
 
     Example:
         >>> participation_ratio(torch.tensor([[2.0, 2.0, 0.0]]))
@@ -62,15 +66,15 @@ def participation_ratio(values: Tensor) -> Tensor:
 
 
 def spectral_entropy(values: Tensor) -> Tensor:
-    """Entropy of the normalised spectrum, −Σ p_i log p_i with p = values/Σvalues, in nats; zero for an all-zero one.
+    """Return the entropy of the normalised spectrum, −Σ p_i log p_i with p = values/Σvalues, in nats; zero for an all-zero one.
 
     Source: paper § 'geometry telemetry'.
 
     Args:
-        values: Spectra ``[L, r]``.
+        values: Spectra `[L, r]`.
 
     Returns:
-        ``[L]``, between 0 and log r.
+        `[L]`, between 0 and log r.
 
     Example:
         >>> spectral_entropy(torch.tensor([[1.0, 1.0, 0.0]]))
@@ -81,15 +85,15 @@ def spectral_entropy(values: Tensor) -> Tensor:
 
 
 def stable_rank(values: Tensor) -> Tensor:
-    """Rank that ignores small directions: ‖M‖²_F / ‖M‖²_2 = Σσ² / σ_1²; zero for an all-zero spectrum.
+    """Return a rank that ignores small directions: ‖M‖²_F / ‖M‖²_2 = Σσ² / σ_1²; zero for an all-zero spectrum.
 
     Source: paper § 'geometry telemetry'.
 
     Args:
-        values: Singular values ``[L, r]``, descending (the roots of a covariance's eigenvalues).
+        values: Singular values `[L, r]`, descending (the roots of a covariance's eigenvalues).
 
     Returns:
-        ``[L]``, between 1 and r.
+        `[L]`, between 1 and r.
 
     Example:
         >>> stable_rank(torch.tensor([[2.0, 1.0]]))
@@ -102,16 +106,16 @@ def stable_rank(values: Tensor) -> Tensor:
 
 
 def condition_number(values: Tensor, damping: float | Tensor = 0.0) -> Tensor:
-    """(λ_1 + λ) / (λ_r + λ) of a damped factor; infinite when the smallest is zero, NaN when all are.
+    """Return (λ_1 + λ) / (λ_r + λ) of a damped factor; infinite when the smallest is zero, NaN when all are.
 
     Source: beyond the paper.
 
     Args:
-        values: Descending eigenvalues ``[L, r]``.
-        damping: λ, a number or ``[L]``.
+        values: Descending eigenvalues `[L, r]`.
+        damping: λ, a number or `[L]`.
 
     Returns:
-        ``[L]``.
+        `[L]`.
 
     Example:
         >>> condition_number(torch.tensor([[4.0, 1.0]]), damping=1.0)
@@ -123,16 +127,16 @@ def condition_number(values: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 
 
 def mass_ratio(values: Tensor, k: int | Tensor) -> Tensor:
-    """Share of the spectrum in the first k directions (retained mass π_proj): Σ_{i≤k} λ_i / Σ λ_i.
+    """Return the share of the spectrum in the first k directions (retained mass π_proj): Σ_{i≤k} λ_i / Σ λ_i.
 
     Source: paper § 'neural reprojection' (adaptive cadence) and the forgetting law's π_proj.
 
     Args:
-        values: Descending spectra ``[L, r]``.
-        k: Ranks ``[L]`` or one int.
+        values: Descending spectra `[L, r]`.
+        k: Ranks `[L]` or one int.
 
     Returns:
-        ``[L]``; zero for an all-zero spectrum.
+        `[L]`; zero for an all-zero spectrum.
 
     Raises:
         ValueError: A rank lies outside [0, r].
@@ -146,17 +150,17 @@ def mass_ratio(values: Tensor, k: int | Tensor) -> Tensor:
 
 
 def alignment(u: Tensor, v: Tensor, k: int | Tensor) -> Tensor:
-    """Overlap of two k-dimensional subspaces: ρ_align = ‖U_kᵀ V_k‖²_F / k, 1 when equal, k/r when random.
+    """Measure the overlap of two k-dimensional subspaces: ρ_align = ‖U_kᵀ V_k‖²_F / k, 1 when equal, k/r when random.
 
     Source: paper § 'forgetting' (ρ_align).
 
     Args:
-        u: Orthonormal columns ``[L, n, r]``.
-        v: Orthonormal columns ``[L, n, r]``.
-        k: Ranks ≥ 1, ``[L]`` or one int.
+        u: Orthonormal columns `[L, n, r]`.
+        v: Orthonormal columns `[L, n, r]`.
+        k: Ranks ≥ 1, `[L]` or one int.
 
     Returns:
-        ``[L]`` in [0, 1].
+        `[L]` in [0, 1].
 
     Raises:
         ValueError: A rank lies outside [1, r].
@@ -172,7 +176,7 @@ def alignment(u: Tensor, v: Tensor, k: int | Tensor) -> Tensor:
 
 
 def principal_angle_drift(u1: Tensor, u2: Tensor, k: int | Tensor) -> Tensor:
-    """How far a top-k subspace has turned: the sine of the largest principal angle, ‖(I − P_1) U_{2,k}‖_2.
+    """Measure how far a top-k subspace has turned: the sine of the largest principal angle, ‖(I − P_1) U_{2,k}‖_2.
 
     0 when the subspaces agree, 1 when some direction of one is orthogonal to the other. Taken from the residual
     rather than from arccos of the cosines, which loses half the digits near zero.
@@ -180,12 +184,12 @@ def principal_angle_drift(u1: Tensor, u2: Tensor, k: int | Tensor) -> Tensor:
     Source: paper appendix J, D3.
 
     Args:
-        u1: Orthonormal columns at the earlier time ``[L, r, r]``.
-        u2: Orthonormal columns at the later time ``[L, r, r]``.
-        k: Ranks ≥ 1, ``[L]`` or one int.
+        u1: Orthonormal columns at the earlier time `[L, r, r]`.
+        u2: Orthonormal columns at the later time `[L, r, r]`.
+        k: Ranks ≥ 1, `[L]` or one int.
 
     Returns:
-        ``[L]`` in [0, 1].
+        `[L]` in [0, 1].
 
     Raises:
         ValueError: A rank lies outside [1, r].
@@ -203,19 +207,19 @@ def principal_angle_drift(u1: Tensor, u2: Tensor, k: int | Tensor) -> Tensor:
 
 
 def curvature_exposure(a_cov: Tensor, g_cov: Tensor, delta: Tensor | None = None) -> Tensor:
-    """Curvature that a rank-space update meets: ‖Σ_g^½ Δ Σ_a^½‖²_F = tr(Δᵀ Σ_g Δ Σ_a).
+    """Measure the curvature that a rank-space update meets: ‖Σ_g^½ Δ Σ_a^½‖²_F = tr(Δᵀ Σ_g Δ Σ_a).
 
     Δ = I is the adapter as a whole: tr(Σ_g Σ_a) = Σσ_i², the same in every gauge. Also the curvature regulariser.
 
     Source: paper § 'objective view' and § 'geometry telemetry'.
 
     Args:
-        a_cov: Σ_a ``[L, r, r]``.
-        g_cov: Σ_g ``[L, r, r]``.
-        delta: Δ ``[L, r, r]``; None for the identity.
+        a_cov: Σ_a `[L, r, r]`.
+        g_cov: Σ_g `[L, r, r]`.
+        delta: Δ `[L, r, r]`; None for the identity.
 
     Returns:
-        ``[L]``, differentiable in Δ.
+        `[L]`, differentiable in Δ.
 
     Raises:
         ValueError: The shapes differ.
@@ -226,7 +230,7 @@ def curvature_exposure(a_cov: Tensor, g_cov: Tensor, delta: Tensor | None = None
     """
     check_square("a_cov", a_cov)
     if g_cov.shape != a_cov.shape:
-        raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, came {tuple(g_cov.shape)}")
+        raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, got {tuple(g_cov.shape)}")
     a_cov, g_cov = working(a_cov), working(g_cov)
     if delta is None:
         return (g_cov * a_cov.mT).sum(dim=(-2, -1))
@@ -235,16 +239,16 @@ def curvature_exposure(a_cov: Tensor, g_cov: Tensor, delta: Tensor | None = None
 
 
 def projected_curvature(cov: Tensor, projector: Tensor) -> Tensor:
-    """Curvature inside a subspace: tr(P Σ P).
+    """Measure the curvature inside a subspace: tr(P Σ P).
 
     Source: paper § 'geometry telemetry'.
 
     Args:
-        cov: Σ ``[L, r, r]``.
-        projector: Orthogonal projectors P ``[L, r, r]``.
+        cov: Σ `[L, r, r]`.
+        projector: Orthogonal projectors P `[L, r, r]`.
 
     Returns:
-        ``[L]``.
+        `[L]`.
 
     Example:
         >>> projected_curvature(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.diag(torch.tensor([1.0, 0.0]))[None])
@@ -255,16 +259,16 @@ def projected_curvature(cov: Tensor, projector: Tensor) -> Tensor:
 
 
 def tail_mass(delta: Tensor, t: float) -> Tensor:
-    """Large coordinates of an update: #{|ΔW_ij| > t}.
+    """Count the large coordinates of an update: #{|ΔW_ij| > t}.
 
     Source: paper § 'introduction' (tail mass of updates).
 
     Args:
-        delta: Updates ``[L, ...]``.
+        delta: Updates `[L, ...]`.
         t: Magnitude threshold, ≥ 0, in the units of the weights.
 
     Returns:
-        Counts, int64 ``[L]``.
+        Counts, int64 `[L]`.
 
     Raises:
         ValueError: A negative threshold.
@@ -278,16 +282,16 @@ def tail_mass(delta: Tensor, t: float) -> Tensor:
 
 
 def sparsity(delta: Tensor, t: float = 0.0) -> Tensor:
-    """Share of an update's coordinates that do not exceed t in magnitude.
+    """Return the share of an update's coordinates that do not exceed t in magnitude.
 
     Source: paper § 'geometry telemetry' (update sparsity).
 
     Args:
-        delta: Updates ``[L, ...]``.
+        delta: Updates `[L, ...]`.
         t: Magnitude threshold, ≥ 0, in the units of the weights.
 
     Returns:
-        ``[L]`` in [0, 1].
+        `[L]` in [0, 1].
 
     Raises:
         ValueError: A negative threshold.
@@ -300,16 +304,16 @@ def sparsity(delta: Tensor, t: float = 0.0) -> Tensor:
 
 
 def direction_jitter(current: Tensor, previous: Tensor) -> Tensor:
-    """How much an update direction turned: 1 − cos(d_t, d_{t−1}); zero where either is zero.
+    """Measure how much an update direction has turned: 1 − cos(d_t, d_{t−1}); zero where either is zero.
 
     Source: paper appendix J, D4.
 
     Args:
-        current: Directions ``[L, ...]``.
+        current: Directions `[L, ...]`.
         previous: Directions one step earlier, same shape.
 
     Returns:
-        ``[L]`` in [0, 2].
+        `[L]` in [0, 2].
 
     Example:
         >>> direction_jitter(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]))
@@ -321,15 +325,15 @@ def direction_jitter(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def covariance_variance(window: Tensor) -> Tensor:
-    """Variance of a factor's estimate over a window: mean_t ‖Σ_t − mean Σ‖²_F.
+    """Return the variance of a factor's estimate over a window: mean_t ‖Σ_t − mean Σ‖²_F.
 
     Source: paper appendix J, D1.
 
     Args:
-        window: The last W estimates ``[W, L, r, r]``.
+        window: The last W estimates `[W, L, r, r]`.
 
     Returns:
-        ``[L]``.
+        `[L]`.
 
     Example:
         >>> covariance_variance(torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))
@@ -340,15 +344,15 @@ def covariance_variance(window: Tensor) -> Tensor:
 
 
 def coefficient_of_variation(window: Tensor) -> Tensor:
-    """Standard deviation over mean of each eigenvalue in a window; zero where the mean is.
+    """Return the standard deviation over the mean of each eigenvalue in a window; zero where the mean is.
 
     Source: paper appendix J, D2.
 
     Args:
-        window: The last W spectra ``[W, L, k]``.
+        window: The last W spectra `[W, L, k]`.
 
     Returns:
-        ``[L, k]``, one number an eigenvalue.
+        `[L, k]`, one number per eigenvalue.
 
     Example:
         >>> coefficient_of_variation(torch.tensor([1.0, 3.0]).reshape(2, 1, 1))
@@ -361,7 +365,7 @@ def coefficient_of_variation(window: Tensor) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Spectra divided by their sum; zero where the sum is."""
+    """Divide spectra by their sum; zero where the sum is."""
     check_spectrum("values", values)
     values = working(values)
     total = values.sum(dim=-1, keepdim=True)
@@ -369,6 +373,6 @@ def _shares(values: Tensor) -> Tensor:
 
 
 def _first(k: int | Tensor, like: Tensor) -> Tensor:
-    """Mark the first k of the last dimension, bool ``[L, r]`` on the device of ``like``."""
+    """Mark the first k of the last dimension, bool `[L, r]` on the device of `like`."""
     ranks = torch.as_tensor(k, device=like.device).reshape(-1, 1)
     return (torch.arange(like.shape[-1], device=like.device) < ranks).expand(like.shape[0], -1)

@@ -10,9 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from peft import get_peft_model
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.module import GritLitModule
 
 
@@ -83,3 +86,51 @@ def read_metrics() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture
+def geometry(make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any]) -> RankSpaceGeometry:
+    """Four layers of rank 4 with random factors and no statistics."""
+    model = get_peft_model(make_tiny_llama(), lora_config()).double()
+    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=10))
+    for site in geometry.groups[0].sites:
+        nn.init.normal_(site.up.weight)
+    return geometry
+
+
+@pytest.fixture
+def rotated() -> Callable[..., Tensor]:
+    """Symmetric matrices `[L, r, r]` with given eigenvalues in random directions."""
+
+    def make(spectra: list[list[float]], seed: int = 0) -> Tensor:
+        values = torch.tensor(spectra)
+        noise = torch.randn(*values.shape, values.shape[-1], generator=torch.Generator().manual_seed(seed))
+        q = torch.linalg.qr(noise).Q
+        return (q * values.unsqueeze(-2)) @ q.mT
+
+    return make
+
+
+@pytest.fixture
+def observe() -> Callable[..., None]:
+    """Puts covariances, one for all layers or `[L, r, r]`, in place of measured ones; Σ_g is the identity if not given."""
+
+    def put(geometry: RankSpaceGeometry, a_cov: Tensor, g_cov: Tensor | None = None, tokens: int = 1000) -> None:
+        (group,) = geometry.groups
+        shape = (len(group.sites), group.r, group.r)
+        group.statistics.total.a = a_cov.expand(shape).clone()
+        group.statistics.total.g = (torch.eye(group.r) if g_cov is None else g_cov).expand(shape).clone()
+        group.statistics.total.weight = torch.ones(len(group.sites))
+        group.counts.tokens += tokens
+
+    return put
+
+
+@pytest.fixture
+def updates() -> Callable[[RankSpaceGeometry], list[Tensor]]:
+    """B A of every layer."""
+
+    def products(geometry: RankSpaceGeometry) -> list[Tensor]:
+        return [site.up.weight.detach() @ site.down.weight.detach() for site in geometry.groups[0].sites]
+
+    return products

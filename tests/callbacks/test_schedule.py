@@ -1,4 +1,8 @@
-"""When the callbacks of the geometry act: the interval, its two ends, and once per accumulation window."""
+"""When the callbacks of the geometry act.
+
+Proven here: at every interval between start and stop, once per accumulation window; the shipped callbacks take the whole
+schedule; a schedule that cannot be is refused by the name of its setting.
+"""
 
 from __future__ import annotations
 

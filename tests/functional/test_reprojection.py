@@ -1,4 +1,9 @@
-"""Projections on hand-made spectra, and balanced truncation against weighted low-rank approximation by SVD."""
+"""Projections on hand-made spectra, and balanced truncation against weighted low-rank approximation by SVD.
+
+Proven here: the paper's maps move ΔW as its projections do; every mode keeps the first k coordinates of each layer, and its
+rule by name makes the maps it is named after; the balancing transform makes both factors one diagonal, in every gauge; a
+balanced cut is the cheapest of its rank; wrong arguments are named.
+"""
 
 import pytest
 import torch
@@ -277,7 +282,7 @@ def test_maps_follow_the_dtype_at_least_float32(random_cov, dtype):
 @pytest.mark.parametrize("k", [9, -1, torch.tensor([3, 9]), torch.tensor([-1, 3])])
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_outside_the_adapter_are_refused(random_cov, mode, k):
-    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8, got"):
+    with pytest.raises(ValueError, match=r"k: expected .* the adapter's r = 8"):
         maps_of(mode, random_cov(2, R), random_cov(2, R), k)
 
 
@@ -291,9 +296,42 @@ def test_blend_outside_the_unit_interval_is_refused(random_cov, mode, blend):
 def test_shapes_that_do_not_match_are_refused(random_cov):
     with pytest.raises(ValueError, match="g_cov: expected the shape of a_cov"):
         F.balancing_transform(random_cov(2, R), random_cov(1, R))
-    with pytest.raises(ValueError, match="one rank a layer"):
+    with pytest.raises(ValueError, match="one rank per layer"):
         F.one_sided_maps(random_cov(2, R), torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="mask of kept coordinates"):
         F.one_sided_maps(random_cov(2, R), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="floor"):
         F.balancing_transform(random_cov(1, R), random_cov(1, R), floor=0.0)
+
+
+@pytest.mark.parametrize("mode", [*F.ReprojectionMode, "two_sided"])
+@pytest.mark.parametrize(("blend", "keep_dropped"), [(1.0, True), (1.0, False), (0.4, False)])
+def test_a_rule_by_name_makes_the_maps_of_its_mode(random_cov, mode, blend, keep_dropped):
+    a_cov, g_cov, kept = random_cov(2, R), random_cov(2, R), F.rank_mask(torch.tensor([3, 5]), R)
+    found = F.maps_rule(mode, blend, keep_dropped, preserve_volume=False)(a_cov, g_cov, kept, torch.ones(2).bool())
+    options = {} if mode == "balanced" else {"keep_dropped": keep_dropped}
+    expected = maps_of(mode, a_cov, g_cov, kept, blend, **options)
+    assert torch.equal(found.a_map, expected.a_map)
+    assert torch.equal(found.b_map, expected.b_map)
+
+
+@pytest.mark.parametrize("mode", F.ReprojectionMode)
+def test_a_rule_goes_by_the_activations_where_no_gradient_has_been_seen(random_cov, mode):
+    a_cov, g_cov, kept = random_cov(2, R), random_cov(2, R), F.rank_mask(torch.tensor([3, 5]), R)
+    seen = torch.tensor([True, False])
+    found = F.maps_rule(mode)(a_cov, g_cov * seen.view(-1, 1, 1), kept, seen)
+    alone = F.one_sided_maps(a_cov, kept, keep_dropped=True)
+    assert torch.equal(found.b_map[1], alone.b_map[1])
+    assert torch.equal(found.b_map[0], alone.b_map[0]) == (mode == "one_sided")
+
+
+def test_preserving_the_volume_is_balancings_own_option(random_cov):
+    a_cov, g_cov, kept = random_cov(1, R), 1e-4 * random_cov(1, R), F.rank_mask(torch.tensor([R]), R)
+    maps = {keeps: F.maps_rule("balanced", 1.0, True, keeps)(a_cov, g_cov, kept, kept[:, 0]) for keeps in (True, False)}
+    assert torch.linalg.det(maps[True].a_map).abs().item() == pytest.approx(1.0)
+    assert torch.linalg.det(maps[False].a_map).abs().item() < 0.1
+
+
+def test_an_unknown_mode_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match="mode: expected one of one_sided, two_sided, balanced, got 'sideways'"):
+        F.maps_rule("sideways")

@@ -1,4 +1,9 @@
-"""Telemetry against closed forms, SVD and scipy."""
+"""Telemetry against closed forms, SVD and scipy.
+
+Proven here: measures of a spectrum count its directions and ignore its scale; measures of subspaces see the subspace and not
+its basis; curvature exposure is the weighted norm, and that of a whole adapter is the same in every gauge; measures of updates
+and of windows match torch; wrong arguments are named.
+"""
 
 import math
 

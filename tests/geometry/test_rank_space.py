@@ -228,7 +228,7 @@ def test_state_survives_a_round_trip_and_refuses_another_adapter(
 def test_reprojection_at_full_rank_keeps_the_function(
     make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any], mode: Any
 ) -> None:
-    from grit_lightning.callbacks.reprojection import maps_rule
+    from grit_lightning.functional import maps_rule
 
     model = adapted(make_tiny_llama(), lora_config())
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
@@ -251,7 +251,7 @@ def test_reprojection_projects_as_the_method_says_and_statistics_follow(
     mode: Any,
     truth: Callable[..., Any],
 ) -> None:
-    from grit_lightning.callbacks.reprojection import maps_rule
+    from grit_lightning.functional import maps_rule
 
     model = adapted(make_tiny_llama(), lora_config())
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
@@ -347,7 +347,7 @@ def test_b_is_exactly_zero_beyond_the_rank_however_often_ranks_fall_and_rise(
     make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
 ) -> None:
     """What `grit export` relies on: rounding of the maps must not leave anything behind."""
-    from grit_lightning.callbacks.reprojection import maps_rule
+    from grit_lightning.functional import maps_rule
 
     model = adapted(make_tiny_llama(), lora_config(r=8))
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
