@@ -54,7 +54,7 @@ def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
                 [1., 0.]]))
     """
     check_square("cov", cov)
-    values, vectors = torch.linalg.eigh(symmetrize(working(cov)))
+    values, vectors = _eigh(symmetrize(working(cov)))
     return values.flip(-1).clamp(min=0.0), _fix_signs(vectors.flip(-1))
 
 
@@ -247,3 +247,22 @@ def _check_pair(a_cov: Tensor, g_cov: Tensor) -> None:
     check_square("a_cov", a_cov)
     if g_cov.shape != a_cov.shape:
         raise ValueError(f"g_cov: expected the shape of a_cov {tuple(a_cov.shape)}, got {tuple(g_cov.shape)}")
+
+
+def _eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose symmetric matrices, ascending; entries that are nothing beside the largest one may stop the solver.
+
+    LAPACK fails to converge on blocks of subnormal numbers, which is what a moving average leaves of a direction that
+    has been dropped. Where that happens the matrices are scaled by a power of two, which is exact, and entries below the
+    rounding of the largest one's square are set to zero.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(cov)
+    except torch.linalg.LinAlgError:
+        peak = cov.abs().amax(dim=(-2, -1), keepdim=True)
+        unit = torch.where(peak > 0, torch.exp2(torch.log2(peak).floor()), 1.0)
+        scaled = cov / unit
+        negligible = scaled.abs() < torch.finfo(cov.dtype).eps ** 2
+        values, vectors = torch.linalg.eigh(scaled.masked_fill(negligible, 0.0))
+        values = values * unit.squeeze(-1)
+    return values, vectors
