@@ -16,7 +16,8 @@ import yaml
 from peft import IA3Config, LoraConfig
 
 from grit_lightning import GritLitModule
-from grit_lightning.cli.program import GritCLI, main
+from grit_lightning.cli.program import main
+from grit_lightning.cli.run import GritCLI
 
 Grit = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +215,7 @@ def test_the_tokenizer_can_be_another(
     other = shutil.copytree(tiny_backbone_dir, "other")
     built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, f"{option}={other}"])
     assert built.datamodule._tokenizer == str(other)
-    assert yaml.safe_load(built.record)["tokenizer"] == str(other)
+    assert yaml.safe_load(built.settings_as_yaml)["tokenizer"] == str(other)
 
 
 @pytest.mark.usefixtures("trained")
