@@ -212,7 +212,7 @@ def _count_epoch_as_begun(checkpoint: dict[str, Any]) -> None:
 
 
 def _current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """What Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
+    """Return what Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
     logged = trainer.logged_metrics  # grows with everything that is logged: emptied, it is filled with what counts now
     ever = dict(logged)
     logged.clear()

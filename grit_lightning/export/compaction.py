@@ -191,7 +191,7 @@ def _sort(trained: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor
 
 
 def _scaling(config: LoraConfig, layer: str, r: int) -> float:
-    """The factor in front of B A as PEFT computed it while training."""
+    """Return the factor in front of B A as PEFT computed it while training."""
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
     return float(alpha / (math.sqrt(r) if config.use_rslora else r))
 

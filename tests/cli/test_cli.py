@@ -16,6 +16,7 @@ import yaml
 from peft import IA3Config, LoraConfig
 
 from grit_lightning import GritLitModule
+from grit_lightning.callbacks import StepTimer
 from grit_lightning.cli.program import main
 from grit_lightning.cli.run import GritCLI
 
@@ -87,6 +88,15 @@ def test_evaluating_before_training_does_not_change_the_training(grit: Grit) -> 
     assert before[0]
     assert not before[1]
     assert same_weights("a", "b")
+
+
+@pytest.mark.parametrize("words", [(), ("--trainer.callbacks+=StepTimer",)], ids=["added", "configured"])
+def test_every_run_is_timed_by_one_timer(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str], words: tuple[str, ...]
+) -> None:
+    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, *words])
+    (timer,) = (callback for callback in built.trainer.callbacks if isinstance(callback, StepTimer))
+    assert timer.every_n_steps == (50 if words else None)  # one that nobody has configured logs nothing
 
 
 @pytest.mark.parametrize(
