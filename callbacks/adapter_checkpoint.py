@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -13,8 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from grit_lightning.checkpoints.atomic_io import make_atomic, sync_folder
+from grit_lightning.checkpoints.atomic_io import make_atomic
+from grit_lightning.errors import require
+from grit_lightning.runs.atomic import point_to
 from grit_lightning.runs.metrics_log import JSONLinesLogger
+from grit_lightning.runs.writing import is_dev_run
 
 LOG_KEY = "grit_log"
 
@@ -36,14 +37,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         keep_last: How many of the newest to keep.
 
     Raises:
-        ValueError: If a number is not at least 1.
+        ValueError: A number is not at least 1.
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50, keep_last: int = 1) -> None:
         """Check and remember the settings."""
         for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
-            if value < 1:
-                raise ValueError(f"AdapterCheckpoint.{name} must be an integer ≥ 1, got {value}.")
+            require("AdapterCheckpoint", name, value >= 1, "an integer ≥ 1", value)
         super().__init__(dirpath, save_top_k=0, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
@@ -70,7 +70,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save if this micro-batch has closed a due optimizer step."""
         step = trainer.global_step
-        if step == self._seen_step or _is_dev_run(trainer):
+        if step == self._seen_step or is_dev_run(trainer):
             return
         self._seen_step = step
         last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
@@ -88,11 +88,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing: the last step of the epoch has been saved."""
+        """Do nothing: the last step of the epoch has been saved."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that was stopped between two due ones."""
-        if self._saved_step != trainer.global_step and not _is_dev_run(trainer):
+        if self._saved_step != trainer.global_step and not is_dev_run(trainer):
             self._save(trainer)
 
     # Saving.
@@ -172,25 +172,13 @@ class AdapterCheckpoint(ModelCheckpoint):
             pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
 
 
-def point_to(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to the file `name` beside it, in one rename; a copy where links are not allowed."""
-    unfinished = link.with_name(f".{link.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.symlink(name, unfinished)
-    except OSError:  # Windows allows it to few users only
-        shutil.copy(link.with_name(name), unfinished)
-    os.replace(unfinished, link)
-    sync_folder(link.parent)
-
-
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether Lightning validates between this micro-batch and the next one, by its own rule."""
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every != 0):
         return False
     interval = trainer.val_check_batch
-    if interval is None:  # by the clock: nobody can tell
+    if interval is None:  # by the clock, so that it cannot be told in advance
         return False
     if interval == float("inf"):
         return trainer.is_last_batch
@@ -224,8 +212,8 @@ def _count_epoch_as_begun(checkpoint: dict[str, Any]) -> None:
 
 
 def _current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """What Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
-    logged = trainer.logged_metrics  # these, on top of all that was ever logged: only with that gone one can tell
+    """Return what Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
+    logged = trainer.logged_metrics  # grows with everything that is logged: emptied, it is filled with what counts now
     ever = dict(logged)
     logged.clear()
     now = dict(trainer.logged_metrics)
@@ -235,7 +223,3 @@ def _current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _json_loggers(trainer: pl.Trainer) -> list[JSONLinesLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, JSONLinesLogger)]
-
-
-def _is_dev_run(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__

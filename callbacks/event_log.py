@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from grit_lightning.runs.metrics_log import JSONLinesLogger
-from grit_lightning.runs.values import jsonable
+from grit_lightning.runs.values import to_json
+from grit_lightning.runs.writing import writes_files
 
 
 class EventLog:
@@ -21,16 +21,14 @@ class EventLog:
     """
 
     def __init__(self, filename: str) -> None:
-        """Only names the file; it is made by the first event."""
+        """Name the file; the first event makes it."""
         self.filename = filename
         self.path: Path | None = None
 
     def open(self, trainer: pl.Trainer) -> None:
         """Settle the folder; every process must call it."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
-        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
-        writes = trainer.is_global_zero and bool(trainer.loggers) and not dev_run
-        self.path = folder / self.filename if writes else None
+        self.path = folder / self.filename if writes_files(trainer) and trainer.loggers else None
 
     def resume(self, trainer: pl.Trainer) -> None:
         """Drop what an earlier attempt wrote after the checkpoint."""
@@ -39,7 +37,7 @@ class EventLog:
 
     def write(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Append one line an event."""
-        lines = [json.dumps(jsonable(event), ensure_ascii=False, allow_nan=False) + "\n" for event in events]
+        lines = [to_json(event) + "\n" for event in events]
         if self.path is not None and lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

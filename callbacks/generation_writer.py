@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,18 @@ from lightning.pytorch import Callback
 
 from grit_lightning.evaluation.generated_answers import Record
 from grit_lightning.evaluation.generation import Stage
-from grit_lightning.runs.values import jsonable, write_atomically
+from grit_lightning.runs.atomic import write_text
+from grit_lightning.runs.values import to_json
+from grit_lightning.runs.writing import writes_files
 
 
 class GenerationWriter(Callback):
-    """Writes the records of generated answers into the run's folder, at the end of a validation, test or prediction.
+    """Writes generated answers into the run's folder, at the end of a validation, test or prediction.
 
     `generations-val.jsonl`, `generations-test.jsonl` and `generations-predict.jsonl` hold a line a row, in the order of the
     rows, whatever the number of processes: `row`, `prompt`, `output`, `finished`, `reference` and the scores of the row; of a
     mixture also its `task`, one after the other. A later evaluation of the same kind replaces the file; nothing generated
-    leaves it alone. Rank zero writes; ``fast_dev_run`` and a barebones Trainer write nothing.
+    leaves it alone. Rank zero writes; `fast_dev_run` and a barebones Trainer write nothing.
 
     Args:
         folder: Where to write; None is the logger's folder, or the Trainer's root without a logger.
@@ -32,24 +33,24 @@ class GenerationWriter(Callback):
         """Remember the folder."""
         super().__init__()
         self.folder = folder
-        self._records: list[Record] = []
+        self._rows: list[Record] = []
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        """Keep the batch's records."""
+        """Keep the batch's answers."""
         self._keep(outputs)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        """Keep the batch's records."""
+        """Keep the batch's answers."""
         self._keep(outputs)
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        """Keep the batch's records."""
+        """Keep the batch's answers."""
         self._keep({"generations": outputs} if isinstance(outputs, list) else None)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,28 +67,24 @@ class GenerationWriter(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Forget an evaluation that did not come to its end."""
-        self._records = []
+        self._rows = []
 
     def _keep(self, outputs: Any) -> None:
-        self._records += outputs.get("generations", []) if isinstance(outputs, Mapping) else []
+        self._rows += outputs.get("generations", []) if isinstance(outputs, Mapping) else []
 
     def _write(self, trainer: pl.Trainer, stage: Stage) -> None:
-        records, self._records = _gathered(self._records), []
-        folder = (
-            trainer.log_dir if self.folder is None else self.folder
-        )  # asked on all ranks, a logger's is a collective
-        dry = trainer.barebones or trainer.sanity_checking or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if dry or not records or not trainer.is_global_zero or folder is None:
+        rows, self._rows = _gathered(self._rows), []
+        folder = trainer.log_dir if self.folder is None else self.folder  # on every rank: a logger's is a collective
+        if not rows or folder is None or trainer.sanity_checking or not writes_files(trainer):
             return
-        records.sort(key=lambda record: (str(record.get("task")), int(record["row"] or 0)))
-        lines = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) for record in records)
-        write_atomically(Path(folder) / f"generations-{stage}.jsonl", "".join(f"{line}\n" for line in lines))
+        rows.sort(key=lambda row: (str(row.get("task")), int(row["row"] or 0)))
+        write_text(Path(folder) / f"generations-{stage}.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
 
-def _gathered(records: list[Record]) -> list[Record]:
-    """The records of all processes, on rank zero; a collective."""
+def _gathered(rows: list[Record]) -> list[Record]:
+    """Return the rows of all processes; a collective."""
     if not (dist.is_available() and dist.is_initialized()):
-        return records
+        return rows
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, records)
-    return [record for part in parts for record in part]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

@@ -18,7 +18,7 @@ class GeometryProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int | None = None, process_position: int = 0, leave: bool = False) -> None:
-        """Chooses the refresh rate.
+        """Choose the refresh rate.
 
         Args:
             refresh_rate: Batches between updates; 0 disables the bar, None is 1 in a terminal and 100 elsewhere.
@@ -32,7 +32,7 @@ class GeometryProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Returns what stands behind the bar: what the module logged for it, the loss and the mean rank."""
+        """Return what stands behind the bar: what the module logged for it, the loss and the mean rank."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         loss = trainer.callback_metrics.get("train/loss")

@@ -16,56 +16,59 @@ from rich.console import Console
 from torch import nn
 
 from grit_lightning.callbacks.step_timer import StepTimer
+from grit_lightning.errors import require
 from grit_lightning.geometry.sites import count_trainable
 from grit_lightning.runs import provenance
+from grit_lightning.runs.atomic import write_json
 from grit_lightning.runs.metrics_log import JSONLinesLogger
 from grit_lightning.runs.summary_table import summary_table
-from grit_lightning.runs.values import write_json
+from grit_lightning.runs.writing import writes_files
 
 FILENAME = "summary.json"
 
 
 @runtime_checkable
 class Reports(Protocol):
-    """A callback whose results belong into the record of a run."""
+    """A callback that has something to say in `summary.json`."""
 
     def report(self) -> Mapping[str, Any]:
-        """Return entries of ``summary.json`` by name, none as long as there is nothing to tell; rank zero only."""
+        """Return entries of `summary.json` by name, none as long as there is nothing to say; runs on rank zero only."""
 
 
 class RunRecord(Callback):
-    """Writes ``summary.json`` into the run's folder when a run ends, and prints its table.
+    """Writes `summary.json` into the run's folder when a run ends, and prints its table.
 
     It is written at the end of a fit, when a run fails or is interrupted, and after every validation or test outside a
     fit. What is measured by a validation or test before the fit is the metric *before*; by the last validation of the
     fit, by one after it, or by one of a checkpoint, *after*. In a process that only evaluates, the metrics are added to
-    the ``summary.json`` that the folder already holds. Only rank zero writes, and its own memory and times are
-    recorded. ``fast_dev_run`` writes no file; a barebones Trainer neither file nor table.
+    the `summary.json` that the folder already holds. Only rank zero writes, about its own memory and times.
+    `fast_dev_run` writes no file; a barebones Trainer neither file nor table.
 
-    Keys of ``summary.json`` (null where something was not measured; non-finite numbers as strings, see `records`):
+    Times need a `StepTimer` among the Trainer's callbacks: without one they are null.
 
-    - ``status``: ``finished``, ``failed``, ``interrupted``, or ``evaluated`` if nothing was trained; ``error``: the
+    Keys of `summary.json` (null where something was not measured; NaN and infinity as strings, see `jsonable`):
+
+    - `status`: `finished`, `failed`, `interrupted`, or `evaluated` if nothing was trained; `error`: the
       exception's type and message.
-    - ``metrics``: ``before``, ``after`` (keys ``val/…``, ``test/…``) and ``train`` (keys ``train/…``, the last logged).
-    - ``trainable_parameters``, ``effective_parameters``: numbers of the adapter as trained, and at its effective ranks.
-    - ``ranks``: effective rank by layer; ``mean_rank``; ``mean_rank_by_type``: by the last part of the layer's name.
-    - ``reprojection_count``; ``counters``: the geometry's events by name.
-    - ``steps_timed``; ``step_time_seconds``: ``mean``, ``p95``, ``p99``; ``geometry_share`` of the step time, 0 to 1;
-      ``time_split_seconds``: mean seconds a step by section. All of this attempt, see `StepTimer`.
-    - ``peak_memory_bytes``: on the device of the training (the process's memory on a CPU); ``peak_rss_bytes``: the
-      process's; ``wall_seconds``: of the fit, earlier attempts included.
-    - ``global_step``, ``epoch``, ``seed``, ``device``, ``world_size``, ``versions``, and ``git_commit`` and
-      ``git_dirty`` of the working directory.
-    - what other callbacks report (`Reports`): ``forgetting``, of a `ForgettingProbe`.
+    - `metrics`: `before`, `after` (keys `val/…`, `test/…`) and `train` (keys `train/…`, the last logged).
+    - `trainable_parameters`, `effective_parameters`: numbers of the adapter as trained, and at its effective ranks.
+    - `ranks`: effective rank by layer; `mean_rank`; `mean_rank_by_type`: by the last part of the layer's name.
+    - `reprojection_count`; `counters`: the geometry's events by name.
+    - `steps_timed`; `step_time_seconds`: `mean`, `p95`, `p99`; `geometry_share` of the step time, 0 to 1;
+      `time_split_seconds`: mean seconds a step by section. All of this attempt, see `StepTimer`.
+    - `peak_memory_bytes`: on the device of the training (the process's memory on a CPU); `peak_rss_bytes`: the
+      process's; `wall_seconds`: of the fit, earlier attempts included.
+    - `global_step`, `epoch`, `seed`, `device`, `world_size`, `versions`, and `git_commit` and
+      `git_dirty` of the working directory.
+    - what other callbacks report (`Reports`): `forgetting`, of a `ForgettingProbe`.
 
-    Without a `StepTimer` among the callbacks it adds one that logs nothing. On resume it drops the lines that an
-    earlier attempt wrote to metrics.jsonl after the checkpoint.
+    On resume it drops the lines that an earlier attempt wrote to metrics.jsonl after the checkpoint.
     """
 
     def __init__(
         self, folder: str | None = None, table: Literal["fit_end", "evaluation_end", "never"] = "fit_end"
     ) -> None:
-        """Checks and stores the settings.
+        """Check and store the settings.
 
         Args:
             folder: Where to write; None is the logger's folder, or the Trainer's root without a logger.
@@ -74,8 +77,8 @@ class RunRecord(Callback):
         Raises:
             ValueError: `table` is none of these.
         """
-        if table not in ("fit_end", "evaluation_end", "never"):
-            raise ValueError(f"expected RunRecord.table to be fit_end, evaluation_end or never, got {table!r}")
+        known = table in ("fit_end", "evaluation_end", "never")
+        require("RunRecord", "table", known, "fit_end, evaluation_end or never", table)
         self.folder = folder
         self.table = table
         self.summary: dict[str, Any] = {}
@@ -88,43 +91,40 @@ class RunRecord(Callback):
         self._fit_started: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settles the folder while every rank is here, and sees that steps are timed."""
-        folder = trainer.log_dir if self.folder is None else self.folder
-        writes = trainer.is_global_zero and not trainer.barebones and not _is_dev_run(trainer)
-        self._path = Path(folder) / FILENAME if writes and folder is not None else None
-        if stage == "fit" and not trainer.barebones and _step_timer(trainer) is None:
-            _callbacks(trainer).append(StepTimer(every_n_steps=None))
+        """Settle where to write."""
+        folder = trainer.log_dir if self.folder is None else self.folder  # on every rank: a logger's is a collective
+        self._path = Path(folder) / FILENAME if folder is not None and writes_files(trainer) else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._fitted = True
         self._fit_started = time.perf_counter()
         self._after = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume, leaves each step in metrics.jsonl once."""
+        """On resume, leave each step in metrics.jsonl once."""
         if trainer.ckpt_path is not None:
             for logger in trainer.loggers:
                 if isinstance(logger, JSONLinesLogger):
                     logger.truncate_after(trainer.global_step - 1)  # loggers count steps from 0
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the record; the table waits for `teardown`."""
+        """Write the summary; the table waits for `teardown`."""
         self._stop_clock()
         self._after |= _evaluated(trainer)
         self._write(trainer, pl_module, "finished")
         self._table_due = self.table == "fit_end"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Outside a fit: notes the metrics and writes the record."""
+        """Note the metrics and write the summary, unless the fit does that when it ends."""
         self._on_evaluation_end(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the metrics and writes the record."""
+        """Note the metrics and write the summary."""
         self._on_evaluation_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Writes the record of a run that did not reach its end; one whose checkpoint was refused keeps its own."""
+        """Write the summary of a run that did not reach its end; one whose checkpoint was refused keeps the summary it had."""
         if trainer.ckpt_path is not None and not self._fitted:
             return
         self._stop_clock()
@@ -133,7 +133,7 @@ class RunRecord(Callback):
         self._write(trainer, pl_module, "interrupted" if interrupted else "failed", error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prints the table, now that progress bars are closed."""
+        """Print the table, now that progress bars are closed."""
         if self._table_due and trainer.is_global_zero and not trainer.barebones:
             console = Console()
             console.print(summary_table(self.summary))
@@ -142,11 +142,11 @@ class RunRecord(Callback):
         self._table_due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run cannot measure again."""
+        """Return what a resumed run cannot measure again."""
         return {"before": self._before, "wall_seconds": self._wall_seconds + self._running_seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over from an earlier attempt; metrics measured in this process go first."""
+        """Take over from an earlier attempt; metrics measured in this process go first."""
         self._before = {**state_dict["before"], **self._before}
         self._wall_seconds = state_dict["wall_seconds"]
 
@@ -206,10 +206,6 @@ class RunRecord(Callback):
     def _stop_clock(self) -> None:
         self._wall_seconds += self._running_seconds()
         self._fit_started = None
-
-
-def _is_dev_run(trainer: pl.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:

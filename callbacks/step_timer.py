@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from grit_lightning.errors import require
 from grit_lightning.geometry.stopwatch import Stopwatch
 
 PHASES = ("forward", "backward", "optimizer")
@@ -24,17 +25,17 @@ class StepTimer(Callback):
     geometry that callbacks ask for after it (reprojection). An accumulation window is one step. Waiting for data,
     validation, checkpoints and the other callbacks' work are no part of it, wherever this callback stands in the list.
 
-    The split adds up to the step: ``forward`` is ``training_step``; ``backward`` is back-propagation with the gradient
-    reduction between processes; ``optimizer`` is zeroing, clipping and the update; ``capture``, ``precondition`` and
-    ``reprojection`` are the geometry's sections, taken out of the phase that they run in. Any section that is not one
+    The split adds up to the step: `forward` is `training_step`; `backward` is back-propagation with the gradient
+    reduction between processes; `optimizer` is zeroing, clipping and the update; `capture`, `precondition` and
+    `reprojection` are the geometry's sections, taken out of the phase that they run in. Any section that is not one
     of the three phases counts as the geometry's. On CUDA the device's own clock is read, without waiting for it.
 
-    With a logger, the means since the last log are written as ``time/step``, ``time/<section>`` (seconds a step) and
-    ``time/geometry_share`` (0 to 1).
+    With a logger, the means since the last log are written as `time/step`, `time/<section>` (seconds a step) and
+    `time/geometry_share` (0 to 1).
     """
 
     def __init__(self, every_n_steps: int | None = 50, skip_steps: int = 5) -> None:
-        """Checks and stores the settings.
+        """Check and store the settings.
 
         Args:
             every_n_steps: Optimizer steps between logs; None logs nothing.
@@ -43,10 +44,9 @@ class StepTimer(Callback):
         Raises:
             ValueError: A setting is out of range.
         """
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"expected StepTimer.every_n_steps to be at least 1 or null, got {every_n_steps}")
-        if skip_steps < 0:
-            raise ValueError(f"expected StepTimer.skip_steps to be at least 0, got {skip_steps}")
+        fits = every_n_steps is None or every_n_steps >= 1
+        require("StepTimer", "every_n_steps", fits, "an integer ≥ 1 (optimizer steps) or null", every_n_steps)
+        require("StepTimer", "skip_steps", skip_steps >= 0, "an integer ≥ 0 (optimizer steps)", skip_steps)
         self.every_n_steps = every_n_steps
         self.skip_steps = skip_steps
         self._stopwatch = Stopwatch("cpu")
@@ -60,17 +60,17 @@ class StepTimer(Callback):
         self._logged: tuple[int, dict[str, float]] = (0, {})  # step and stopwatch at the last log
 
     def summary(self) -> dict[str, Any]:
-        """Returns the statistics of the steps so far; waits for the device.
+        """Return the statistics of the steps so far; waits for the device.
 
         Returns:
-            ``steps``, counted; ``measured_steps``, those behind the statistics; ``mean``, ``p95``, ``p99``, seconds;
-            ``geometry_share``, 0 to 1, of the time of all measured steps; ``split``, mean seconds a step by section.
+            `steps`, counted; `measured_steps`, those behind the statistics; `mean`, `p95`, `p99`, seconds;
+            `geometry_share`, 0 to 1, of the time of all measured steps; `split`, mean seconds a step by section.
             Statistics of no steps are None, and their split is empty.
         """
         self._collect()
         finished, split = list(self._seconds), self._split
         if self._marks and not self._in_window:  # the last step has ended, but no next one has started
-            step = _difference(self._marks[-1], self._stopwatch.seconds)
+            step = _difference(self._marks[-1], self._stopwatch.read())
             finished.append(sum(step.values()))
             if len(finished) > self.skip_steps:
                 split = _sum(split, step)
@@ -87,14 +87,14 @@ class StepTimer(Callback):
         }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Joins the geometry's stopwatch, so that its sections are taken out of the phases around them."""
+        """Join the geometry's stopwatch, so that its sections are taken out of the phases around them."""
         geometry = getattr(pl_module, "geometry", None)
         self._stopwatch = Stopwatch() if geometry is None else geometry.stopwatch
         self._stopwatch.device = pl_module.device
         self._stopwatch.enabled = True
         self._global_step, self._in_window = trainer.global_step, False
         self._marks, self._seconds, self._split = [], [], {}
-        self._logged = (self._global_step, self._stopwatch.seconds)
+        self._logged = (self._global_step, self._stopwatch.read())
         # The only moment after the update and before every other callback's on_train_batch_end.
         self._hooks = [
             optimizer.register_step_post_hook(lambda *_: self._switch(None))
@@ -105,7 +105,7 @@ class StepTimer(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The forward pass starts; so does the step, if this is its first micro-batch."""
+        """Start the forward pass; the step too, if this is its first micro-batch."""
         if not self._in_window:
             self._marks.append(self._stopwatch.snapshot())
             self._in_window = True
@@ -114,21 +114,21 @@ class StepTimer(Callback):
         self._switch("forward")
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """The forward pass has ended; zeroing is the optimizer's work."""
+        """End the forward pass; zeroing is the optimizer's work."""
         self._switch("optimizer")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """The backward pass starts."""
+        """Start the backward pass."""
         self._switch("backward")
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The backward pass has ended; what follows in this micro-batch belongs to the update."""
+        """End the backward pass; what follows in this micro-batch belongs to the update."""
         self._switch("optimizer")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The micro-batch has ended, and the step with it if the optimizer has moved."""
+        """End the micro-batch, and the step with it if the optimizer has moved."""
         self._switch(None)
         if trainer.global_step == self._global_step:
             return
@@ -138,11 +138,11 @@ class StepTimer(Callback):
             self._log(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops measuring."""
+        """Stop measuring."""
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stops measuring; the step that failed is not counted."""
+        """Stop measuring; the step that failed is not counted."""
         self._stop()
 
     def _switch(self, phase: str | None) -> None:
@@ -161,8 +161,8 @@ class StepTimer(Callback):
         self._marks = []
 
     def _collect(self) -> None:
-        """Turns the marks between finished steps into their seconds."""
-        self._stopwatch.seconds  # noqa: B018 (fills the marks)
+        """Turn the marks between finished steps into their seconds."""
+        self._stopwatch.read()  # fills the marks
         for before, after in pairwise(self._marks):
             step = _difference(before, after)
             self._seconds.append(sum(step.values()))
@@ -173,7 +173,7 @@ class StepTimer(Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         if not trainer.loggers:
             return
-        (logged_step, before), now = self._logged, self._stopwatch.seconds
+        (logged_step, before), now = self._logged, self._stopwatch.read()
         self._logged = (self._global_step, now)
         split, steps = _difference(before, now), self._global_step - logged_step
         metrics: dict[str, float] = {"epoch": trainer.current_epoch}

@@ -1,8 +1,7 @@
-"""Checkpoint files that are whole or not there at all, and that are read without running code."""
+"""Lightning's way to checkpoint files: they are whole or not there at all, and reading one runs no code of it."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
 from grit_lightning.checkpoints.reading import read_checkpoint
+from grit_lightning.runs.atomic import write_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the final name, has it on disk, and only then gives it that name.
-
-    A process that is killed at any moment leaves the file that was there before, and at most an unfinished one whose name
-    starts with a dot; the next checkpoint of the same name writes over it. Remote paths (`s3://…`) are left to Lightning.
-    """
+    """Writes checkpoints with `grit_lightning.runs.atomic`. Remote paths (`s3://…`) are left to Lightning."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -31,19 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, target)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
+        write_file(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -69,14 +53,3 @@ def make_atomic(trainer: Trainer) -> None:
     """Replace Lightning's default way of writing checkpoints; one that was chosen stays."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 from grit_lightning.checkpoints.reading import model_settings
+from grit_lightning.errors import InvalidValueError, MissingFileError, MissingPackageError
 from grit_lightning.export.card import RunNotes
 from grit_lightning.module import GritLitModule
+from grit_lightning.runs.atomic import write_text
 from grit_lightning.runs.folder import run_folder_of
-from grit_lightning.runs.values import write_atomically
 
 
 def harness_command(words: Sequence[str]) -> None:
@@ -73,7 +74,7 @@ def evaluate(
     batch_size: int = 8,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluates a model in memory.
+    """Evaluate a model in memory.
 
     Args:
         model: Causal language model, on the device to use.
@@ -94,9 +95,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns about a model in memory, which is what it is given here
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is in memory, as it should be
     manager, names = _find_tasks(tasks, include_path)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     results = simple_evaluate(model=wrapped, tasks=names, task_manager=manager, log_samples=False, **options)
@@ -104,7 +103,7 @@ def evaluate(
 
 
 def load_trained(checkpoint: str, backbone: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Loads the model of a checkpoint and the tokenizer that it was trained with.
+    """Load the model of a checkpoint and the tokenizer that it was trained with.
 
     Args:
         checkpoint: Path of a checkpoint of `GritLitModule`.
@@ -117,14 +116,14 @@ def load_trained(checkpoint: str, backbone: str | None = None) -> tuple[PeftMode
     """
     named = backbone or model_settings(Path(checkpoint))["backbone"]
     if not named:
-        raise ValueError(f"{checkpoint} names no backbone, since the model was given in memory. Set --backbone.")
+        raise InvalidValueError(f"{checkpoint} names no backbone, since the model was given in memory. Set --backbone.")
     module = GritLitModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, backbone=named)
     trained_with = None if backbone else RunNotes.beside(Path(checkpoint)).tokenizer
     return module.peft_model.eval(), load_tokenizer(trained_with or named)
 
 
 def load_adapter(folder: str, backbone: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Loads an adapter as PEFT saved it, on its backbone.
+    """Load an adapter as PEFT saved it, on its backbone.
 
     Args:
         folder: Folder with adapter_config.json.
@@ -136,26 +135,28 @@ def load_adapter(folder: str, backbone: str | None = None) -> tuple[PeftModel, P
         OSError: The backbone cannot be read.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no adapter_config.json. Set --adapter to what `grit export` has written."
         )
     named = backbone or PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not named:
-        raise ValueError(f"The adapter in {folder} names no backbone. Set --backbone.")
+        raise InvalidValueError(f"The adapter in {folder} names no backbone. Set --backbone.")
     return PeftModel.from_pretrained(load_backbone(named), folder).eval(), load_tokenizer(named)
 
 
 def _require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("grit eval-harness needs lm-evaluation-harness: pip install 'grit-lightning[harness]'.")
+        raise MissingPackageError(
+            "grit eval-harness needs lm-evaluation-harness: pip install 'grit-lightning[harness]'."
+        )
 
 
 def _find_tasks(patterns: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
-    """The index of tasks, and the names in it that are meant; the shipped thousands are read only if they are needed."""
+    """Return the index of tasks and the names in it that match; the shipped thousands are read only if they are needed."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--include_path {include_path} is no folder. Set it to one that holds YAML files of tasks."
         )
     missing: list[str] = []
@@ -164,7 +165,7 @@ def _find_tasks(patterns: Sequence[str], include_path: str | None) -> tuple[Any,
         missing = [pattern for pattern in patterns if not manager.match_tasks([pattern])]
         if not missing:
             return manager, manager.match_tasks(list(patterns))
-    raise ValueError(
+    raise InvalidValueError(
         f"--tasks {' '.join(missing)}: lm-evaluation-harness knows no such task. `lm-eval ls tasks` lists those that it ships; "
         "set --include_path to a folder with YAML files of your own."
     )
@@ -175,7 +176,7 @@ def _report(results: dict[str, Any], folder: Path, tasks: Sequence[str]) -> None
     from lm_eval.utils import handle_non_serializable, make_table
 
     path = folder / f"harness-{'+'.join(tasks).replace('*', '_')}.json"
-    write_atomically(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
     console = Console()
     console.print(make_table(results), markup=False, soft_wrap=True)
     console.print(str(path), style="dim", soft_wrap=True)

@@ -22,7 +22,7 @@ from grit_lightning.datamodules import (
 )
 from grit_lightning.datamodules.pipeline.published import PUBLISHED, column_hash
 from grit_lightning.datamodules.pipeline.sources import quiet
-from grit_lightning.runs.output_folder import appearing_whole, require_free_folder
+from grit_lightning.runs.atomic import atomic_folder, require_free_folder
 
 TASKS: dict[str, type[TaskDataModule]] = {
     "alpaca": AlpacaDataModule,
@@ -93,7 +93,7 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
     if not splits:
         raise FileNotFoundError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
     if folder is not None:
-        with appearing_whole(folder) as unfinished, quiet():
+        with atomic_folder(folder) as unfinished, quiet():
             for split, rows in splits.items():
                 rows.to_json(unfinished / f"{split}.jsonl", force_ascii=False)
     return [check_split(task, split, rows) for split, rows in splits.items()]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from peft import PeftConfig, get_peft_config, set_peft_model_state_dict
-from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,10 +20,11 @@ from grit_lightning.backbones.loading import attach_adapter, load_backbone, load
 from grit_lightning.backbones.sources import BackboneSource, resolve_source
 from grit_lightning.checkpoints.adapter_state import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from grit_lightning.checkpoints.reading import read_checkpoint
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.export.card import RunNotes, card
 from grit_lightning.export.compaction import CompactAdapter, compact
 from grit_lightning.module import GritLitModule
-from grit_lightning.runs.output_folder import appearing_whole, require_free_folder
+from grit_lightning.runs.atomic import atomic_folder, require_free_folder
 
 _MODEL_PREFIX = "model."  # GritLitModule.model
 _LOADING = ("dtype", "quantization", "revision")  # a kernel or checkpointing of activations does not matter here
@@ -65,36 +64,18 @@ def export_adapter(
     backbone = _locate(trained.backbone)
     adapter.config.base_model_name_or_path = backbone.location or None
     adapter.config.revision = trained.loading.get("revision")
-    with appearing_whole(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         if merge:
             _write_merged(source, trained, adapter, unfinished)
         else:
             content = save(
                 adapter.tensors, metadata={"format": "pt"}
-            )  # save_file makes files that only their owner reads
+            )  # a file of save_file is only its owner's to read
             (unfinished / "adapter_model.safetensors").write_bytes(content)
             adapter.config.save_pretrained(str(unfinished))
         text = card(adapter, folder.name, backbone, trained.loading, trained.notes, trained.steps, merged=merge)
         (unfinished / "README.md").write_text(text, encoding="utf-8")
     return adapter
-
-
-def export_command(words: Sequence[str]) -> None:
-    """Run `grit export` with these command-line words."""
-    parser = argparse.ArgumentParser("grit export", description=export_command.__doc__, allow_abbrev=False)
-    parser.description = "Write a trained adapter at its effective ranks, for plain PEFT and transformers to load."
-    parser.add_argument("--ckpt_path", required=True, help="Checkpoint of the run.")
-    parser.add_argument("--output", required=True, help="Folder to make; an existing one must be empty.")
-    parser.add_argument("--merge", action="store_true", help="Write the full model with the adapter merged in.")
-    parser.add_argument("--keep_empty", action="store_true", help="Keep layers that learnt nothing, at rank 1.")
-    given = parser.parse_args(words)
-    adapter = export_adapter(given.ckpt_path, given.output, given.merge, given.keep_empty)
-    saved = 1 - adapter.parameters / adapter.parameters_before
-    Console().print(
-        f"{given.output}: {'merged model' if given.merge else 'adapter'}, {len(adapter.ranks)} layers at mean rank "
-        f"{adapter.mean_rank:.2f}, {adapter.parameters_before:,} → {adapter.parameters:,} parameters ({saved:.1%} fewer)",
-        soft_wrap=True,
-    )
 
 
 # What was trained.
@@ -129,11 +110,11 @@ def _from_checkpoint(path: Path) -> _Trained:
     saved = content.get(CHECKPOINT_KEY)
     settings = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     if saved is None or "adapter" not in settings:
-        raise ValueError(f"{path} is no checkpoint of GritLitModule: it holds {sorted(map(str, content))}.")
+        raise InvalidValueError(f"{path} is no checkpoint of GritLitModule: it holds {sorted(map(str, content))}.")
     if saved["format_version"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has format version {saved['format_version']}, expected {CHECKPOINT_FORMAT}.")
+        raise InvalidValueError(f"{path} has format version {saved['format_version']}, expected {CHECKPOINT_FORMAT}.")
     if content["global_step"] == 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"{path} was never trained: it was written at optimizer step 0. Export a checkpoint of a later step."
         )
     state = content["state_dict"].items()
@@ -168,7 +149,7 @@ def _write_merged(
         loading: dict[str, Any] = {name: trained.loading.get(name) for name in _LOADING}
         backbone = load_backbone(trained.backbone, **loading)
     else:
-        raise ValueError(
+        raise InvalidValueError(
             "The checkpoint names no backbone, since the model was given in memory. Merge from the module: "
             "export_adapter(module, output, merge=True)."
         )
@@ -196,7 +177,9 @@ def _merge(backbone: PreTrainedModel, adapter: CompactAdapter) -> PreTrainedMode
     result = set_peft_model_state_dict(model, adapter.tensors)
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
-        raise ValueError(f"The adapter does not fit the backbone: {[*missing, *result.unexpected_keys][:3]} differ.")
+        raise InvalidValueError(
+            f"The adapter does not fit the backbone: {[*missing, *result.unexpected_keys][:3]} differ."
+        )
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     return merged
 

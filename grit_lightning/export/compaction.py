@@ -25,6 +25,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from grit_lightning.errors import InvalidValueError
+
 _FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.[^.]+\.weight")
 _WHOLE_MODULE = re.compile(r"(?P<module>base_model\.model\..+)\.modules_to_save\.[^.]+\.(?P<parameter>.+)")
 _SITE_PREFIX = "base_model.model."
@@ -93,12 +95,12 @@ def compact(
         ranks[layer], allocated[layer] = int(used.max()) + 1 if len(used) else 0, len(a)
         wanted = (effective_ranks or {}).get(_SITE_PREFIX + layer, len(a))
         if ranks[layer] > wanted:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Layer '{layer}' has effective rank {wanted}, but B is not zero in column {ranks[layer]}: the checkpoint "
                 "contradicts itself, and slicing it would change the model."
             )
     if not any(ranks.values()):
-        raise ValueError(
+        raise InvalidValueError(
             "The adapter was never trained: every B is zero, so it changes nothing. Export a checkpoint that was written "
             "after at least one optimizer step with a learning rate above zero."
         )
@@ -140,19 +142,19 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
 
 def _require_plain_lora(config: PeftConfig) -> LoraConfig:
     if type(config) is not LoraConfig:
-        raise ValueError(
+        raise InvalidValueError(
             f"Only LoRA adapters can be compacted, this one is {type(config).__name__} ({config.peft_type}). Save it with "
             "module.model.save_pretrained(folder)."
         )
     fields: Mapping[str, Any] = vars(config)
     for name in ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices"):
         if fields.get(name):
-            raise ValueError(
+            raise InvalidValueError(
                 f"Adapters with {name} cannot be compacted: slicing A and B would change the model. Train with "
                 f"{name} switched off, or save the adapter as it is with module.model.save_pretrained(folder)."
             )
     if config.init_lora_weights not in _PLAIN_INITIALISATIONS:
-        raise ValueError(
+        raise InvalidValueError(
             f"init_lora_weights={config.init_lora_weights!r} moves a part of the backbone into the adapter, so the sliced "
             f"adapter does not fit the original backbone. Expected one of {_PLAIN_INITIALISATIONS}."
         )
@@ -172,16 +174,16 @@ def _sort(trained: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor
         else:
             unsupported.append(name)
     if unsupported or not sides["A"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"Only linear LoRA layers and modules_to_save can be exported, but {len(unsupported)} of {len(trained)} trained "
             f"parameters belong to something else (embedding adapters, DoRA magnitudes, biases …): {unsupported[:3]}. "
             "Remove it from the adapter's configuration."
         )
     if sides["A"].keys() != sides["B"].keys():
         lonely = sorted(sides["A"].keys() ^ sides["B"].keys())
-        raise ValueError(f"Expected A and B of every layer, but only one of them was trained in {lonely[:3]}.")
+        raise InvalidValueError(f"Expected A and B of every layer, but only one of them was trained in {lonely[:3]}.")
     if infinite := [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]:
-        raise ValueError(
+        raise InvalidValueError(
             f"{len(infinite)} trained parameters hold NaN or infinity, first {infinite[0]}: the training diverged. "
             "Export an earlier checkpoint."
         )
@@ -189,7 +191,7 @@ def _sort(trained: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor
 
 
 def _scaling(config: LoraConfig, layer: str, r: int) -> float:
-    """The factor in front of B A as PEFT computed it while training."""
+    """Return the factor in front of B A as PEFT computed it while training."""
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
     return float(alpha / (math.sqrt(r) if config.use_rslora else r))
 

@@ -258,7 +258,7 @@ def _eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(cov)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in torch's __all__
         peak = cov.abs().amax(dim=(-2, -1), keepdim=True)
         unit = torch.where(peak > 0, torch.exp2(torch.log2(peak).floor()), 1.0)
         scaled = cov / unit

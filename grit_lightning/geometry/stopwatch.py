@@ -56,7 +56,7 @@ class Stopwatch:
         >>> stopwatch = Stopwatch("cpu")
         >>> with stopwatch("precondition"), stopwatch("inversion"):
         ...     pass
-        >>> sorted(stopwatch.seconds), stopwatch.calls["inversion"]
+        >>> sorted(stopwatch.read()), stopwatch.calls["inversion"]
         (['inversion', 'precondition'], 1)
     """
 
@@ -81,16 +81,15 @@ class Stopwatch:
         """Return a context manager that adds the time spent in it to the section `name`."""
         return _Span(self, name)
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by section since the start. Reading it waits for the device to finish the sections already left."""
+    def read(self) -> dict[str, float]:
+        """Return the seconds by section since the start; waits for the device to finish the sections already left."""
         self._resolve(wait=True)
         return dict(self._seconds)
 
     def snapshot(self) -> dict[str, float]:
         """Return the seconds by section up to now, without waiting for the device.
 
-        The dict is filled once the sections before it are resolved: at the latest when `seconds` is next read.
+        The dict is filled once the sections before it are resolved: at the latest by the next `read`.
         """
         taken: dict[str, float] = {}
         self._pending.append(taken)
@@ -99,7 +98,7 @@ class Stopwatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """CUDA events cannot be copied or pickled: the copy keeps the sums and starts with nothing pending."""
-        return {"device": self.device, "enabled": self.enabled, "calls": dict(self.calls), "seconds": self.seconds}
+        return {"device": self.device, "enabled": self.enabled, "calls": dict(self.calls), "seconds": self.read()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the sums of `__getstate__`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from grit_lightning.errors import FileTakenError, NotAFolderError
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
 EVALUATIONS = ("generations-*.jsonl", "harness-*.json")
-RECORDS = (
+FILES_OF_A_RUN = (
     CONFIG,
     "hparams.yaml",
     "metrics.jsonl",
@@ -23,20 +25,20 @@ RECORDS = (
 
 def run_files(folder: Path) -> list[Path]:
     """Return the files and folders inside `folder` that a run has written; empty if there is none."""
-    return sorted(path for pattern in RECORDS for path in folder.glob(pattern))
+    return sorted(path for pattern in FILES_OF_A_RUN for path in folder.glob(pattern))
 
 
 def require_free(folder: Path) -> None:
     """Check that no run would be written over.
 
     Raises:
-        FileExistsError: If the folder already holds a run.
-        NotADirectoryError: If it is a file.
+        FileExistsError: The folder already holds a run.
+        NotADirectoryError: It is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"The output {folder} is a file; expected a folder that --output may create or fill.")
+        raise NotAFolderError(f"Expected a folder to create or fill, but {folder} is a file. Choose another --output.")
     if found := [path.name for path in run_files(folder)]:
-        raise FileExistsError(
+        raise FileTakenError(
             f"The output folder {folder} already holds a run ({', '.join(found)}). Choose another "
             "--output, replace the run with --overwrite, or resume it with "
             f"--ckpt_path {folder / CHECKPOINTS / 'last.ckpt'}."

@@ -13,22 +13,24 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from grit_lightning.runs.values import jsonable, write_atomically
+from grit_lightning.errors import InvalidValueError
+from grit_lightning.runs.atomic import write_text
+from grit_lightning.runs.values import to_json
 
 
 class JSONLinesLogger(Logger):
     """Appends every call of `log_metrics` as one line to a file in the run's folder.
 
-    A line is ``{"step": 49, "epoch": 0, "time": 1767225600.0, "train/loss": 0.69, …}``: the step counts optimizer
+    A line is `{"step": 49, "epoch": 0, "time": 1767225600.0, "train/loss": 0.69, …}`: the step counts optimizer
     steps from 0 as every logger of Lightning does, the time is in seconds since 1970 (UTC). Non-finite numbers are the
-    strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``. Only rank zero writes, and each line is on disk before the
+    strings `"NaN"`, `"Infinity"` and `"-Infinity"`. Only rank zero writes, and each line is on disk before the
     call returns. Hyperparameters are not written here: config.yaml holds them.
 
-    Read it with ``pandas.read_json(path, lines=True)``.
+    Read it with `pandas.read_json(path, lines=True)`.
     """
 
     def __init__(self, save_dir: str | os.PathLike[str], filename: str = "metrics.jsonl") -> None:
-        """Only names the file; it is made by the first metric.
+        """Name the file; the first metric makes it.
 
         Args:
             save_dir: The run's folder. The file, and the checkpoints of a ModelCheckpoint without a path, go directly
@@ -41,12 +43,12 @@ class JSONLinesLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Empty: the folder has no level for a name."""
+        """Empty: the run's folder has no folders for names inside it."""
         return ""
 
     @property
     def version(self) -> str:
-        """Empty: the folder has no level for a version."""
+        """Empty: the run's folder has no folders for versions inside it."""
         return ""
 
     @property
@@ -61,7 +63,7 @@ class JSONLinesLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Appends one line.
+        """Append one line.
 
         Args:
             metrics: Numbers, one-element tensors, or nested mappings of them. An "epoch" among them is put first.
@@ -71,27 +73,27 @@ class JSONLinesLogger(Logger):
             TypeError: A metric is not a number.
         """
         head = {"step": step, "epoch": metrics.get("epoch"), "time": round(time.time(), 3)}
-        line = json.dumps(jsonable({**head, **metrics}), ensure_ascii=False, allow_nan=False)
+        line = to_json({**head, **metrics})
         self._folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Writes nothing: config.yaml holds the hyperparameters."""
+        """Write nothing: config.yaml holds the hyperparameters."""
 
     def mark(self) -> int:
-        """Returns the present end of the file, in bytes, for `rewind`."""
+        """Return the present end of the file, in bytes, for `rewind`."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     @rank_zero_only
     def rewind(self, mark: int) -> None:
-        """Drops what was written after `mark`; a file that is shorter is another one, and left alone."""
+        """Drop what was written after `mark`; a file that is shorter is another one, and left alone."""
         if self.mark() > mark:
             os.truncate(self.path, mark)
 
     @rank_zero_only
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, so that a resumed run does not hold them twice. RunRecord calls it.
+        """Drop the lines of later steps, so that a resumed run does not hold them twice.
 
         A last line that was cut off when the earlier attempt was killed is dropped too.
 
@@ -111,11 +113,11 @@ class JSONLinesLogger(Logger):
             except (ValueError, TypeError, KeyError) as error:
                 if number == len(lines) and not line.endswith("\n"):
                     break
-                raise ValueError(
-                    f"expected a JSON object with a step on line {number} of {self.path}, got {line[:80]!r}: "
-                    "move the file away or choose another run folder"
+                raise InvalidValueError(
+                    f"Expected a JSON object with a step on line {number} of {self.path}, got {line[:80]!r}. "
+                    "Move the file away, or choose another run folder."
                 ) from error
             if logged is None or logged <= step:
                 kept.append(line if line.endswith("\n") else line + "\n")
         if kept != lines:
-            write_atomically(self.path, "".join(kept))
+            write_text(self.path, "".join(kept))

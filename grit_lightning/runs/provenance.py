@@ -24,18 +24,21 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the version of Python and of each package that shapes a run; None for one that is not installed."""
+    """Return the version of Python and of each package that shapes a run; None for one that is not installed.
+
+    Of torch it is the version that names the build too (`2.14.1+cu130`), which its package metadata leave out.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package.replace("-", "_")] = None
-    return found
+    return found | {"torch": str(torch.__version__)}
 
 
 def git_state(folder: Path | None = None) -> tuple[str | None, bool | None]:
-    """Returns the commit of the repository around `folder`, and whether tracked files differ from it.
+    """Return the commit of the repository around `folder`, and whether tracked files differ from it.
 
     Args:
         folder: Where to look; the working directory if None.
@@ -59,13 +62,13 @@ def _git(folder: Path | None, *arguments: str) -> str | None:
 
 
 def global_seed() -> int | None:
-    """Returns the seed that `lightning.seed_everything` was last given, None if it was not called."""
+    """Return the seed that `lightning.seed_everything` was last given, None if it was not called."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return None if seed is None else int(seed)
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what a person would call the device: the GPU's product name, or the processor's."""
+    """Return what a person would call the device: the GPU's product name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -79,7 +82,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_rss_bytes() -> int | None:
-    """Returns the most host memory this process has held since its start, in bytes; None where it is not counted."""
+    """Return the most host memory this process has held since its start, in bytes; None where it is not counted."""
     if sys.platform == "win32":
         return None
     import resource
@@ -89,5 +92,5 @@ def peak_rss_bytes() -> int | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Returns the most memory held where the model is trained, in bytes: tensors on a GPU, the process on a CPU."""
+    """Return the most memory held where the model is trained, in bytes: tensors on a GPU, the process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()

@@ -11,7 +11,7 @@ _UNKNOWN = "—"
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Lays out a run's summary: task metrics before and after, what was forgotten, parameters, ranks, times, memory.
+    """Lay out a run's summary: task metrics before and after, what was forgotten, parameters, ranks, times, memory.
 
     Args:
         summary: What `RunRecord` writes to summary.json.
@@ -41,7 +41,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _add_forgetting(table: Table, probes: Mapping[str, Any]) -> None:
-    """Adds each metric of a `ForgettingProbe` before and after, and the change with its interval."""
+    """Add each metric of a `ForgettingProbe` before and after, and the change with its interval."""
     table.add_section()
     for name, probe in probes.items():
         for metric, row in probe.items():

@@ -1,24 +1,24 @@
-"""Numbers on disk: valid JSON for any float, files that are whole or not there at all."""
+"""Numbers on disk: valid JSON for any float."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from grit_lightning.errors import InvalidTypeError
 
 JSONValue = str | int | float | bool | None | list["JSONValue"] | dict[str, "JSONValue"]
 
 
 def jsonable(value: Any) -> JSONValue:
-    """Turns numbers, one-element tensors and nested mappings or sequences of them into what JSON can hold.
+    """Turn numbers, one-element tensors and nested mappings or sequences of them into what JSON can hold.
 
     JSON has no NaN and no infinity, and a reader must be able to tell a run that diverged from one that measured
-    nothing: non-finite numbers become the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which `float` reads
+    nothing: non-finite numbers become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which `float` reads
     back, and None stays null.
 
     Raises:
@@ -39,25 +39,16 @@ def jsonable(value: Any) -> JSONValue:
     if isinstance(value, Sequence):
         return [jsonable(item) for item in value]
     if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise TypeError(
-            f"expected one number, got a tensor of shape {tuple(value.shape)}: log its mean or its elements"
+        raise InvalidTypeError(
+            f"Expected one number, got a tensor of shape {tuple(value.shape)}. Log its mean, or its elements one by one."
         )
     if hasattr(value, "item"):  # tensors and NumPy scalars
         return jsonable(value.item())
-    raise TypeError(f"expected a number, a string or nested mappings of them, got {type(value).__name__}: {value!r}")
+    raise InvalidTypeError(
+        f"Expected a number, a string, or nested mappings of them, got {type(value).__name__}: {value!r}."
+    )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader, or a run killed halfway, sees the old file or the new one and never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes `value` as indented JSON, atomically; see `jsonable` for what it may hold."""
-    write_atomically(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON of what `jsonable` takes, on one line unless there is an indent."""
+    return json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)

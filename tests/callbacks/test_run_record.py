@@ -63,7 +63,7 @@ def test_documented_keys_are_the_written_ones(
 ) -> None:
     make_trainer(callbacks=[RunRecord()]).fit(make_module(), loader(2), loader(1))
     assert set(summary_in(tmp_path)) == KEYS
-    assert all(f"``{key}``" in str(RunRecord.__doc__) for key in KEYS)
+    assert all(f"`{key}`" in str(RunRecord.__doc__) for key in KEYS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]  # nothing half-written stays behind
 
 
@@ -89,18 +89,31 @@ def test_adapter_numbers_are_those_of_the_model(
 def test_plain_lora_reports_its_allocated_ranks(
     make_module: Factory, loader: Factory, make_trainer: Factory, tmp_path: Path
 ) -> None:
-    make_trainer(callbacks=[RunRecord()]).fit(make_module(None), loader(8), loader(1))
+    make_trainer(callbacks=[RunRecord(), StepTimer(every_n_steps=None)]).fit(make_module(None), loader(8), loader(1))
     summary = summary_in(tmp_path)
     assert summary["trainable_parameters"] == summary["effective_parameters"] == 2 * 4 * ((32 + 32) + (32 + 16))
     assert set(summary["ranks"].values()) == {4}
     assert summary["geometry_share"] == 0.0
-    assert summary["steps_timed"] == 3  # its own timer leaves five steps out
+    assert summary["steps_timed"] == 8 - 5  # the timer leaves five steps out
+
+
+def test_times_are_null_without_a_timer(
+    make_module: Factory, loader: Factory, make_trainer: Factory, tmp_path: Path
+) -> None:
+    record = RunRecord()
+    trainer = make_trainer(callbacks=[record])
+    trainer.fit(make_module(), loader(8), loader(1))
+    assert trainer.callbacks == [record]  # a callback adds no other
+    summary = summary_in(tmp_path)
+    assert summary["step_time_seconds"] == {"mean": None, "p95": None, "p99": None}
+    assert (summary["steps_timed"], summary["geometry_share"], summary["time_split_seconds"]) == (0, None, {})
 
 
 def test_metrics_before_and_after(
     make_module: Factory, loader: Factory, make_trainer: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, trainer = make_module(), make_trainer(callbacks=[RunRecord(table="evaluation_end")], max_epochs=3)
+    callbacks = [RunRecord(table="evaluation_end"), StepTimer(every_n_steps=None)]
+    module, trainer = make_module(), make_trainer(callbacks=callbacks, max_epochs=3)
     (before,) = trainer.validate(module, loader(2), verbose=False)
     assert summary_in(tmp_path)["status"] == "evaluated"
     trainer.fit(module, loader(8), loader(2))
@@ -212,7 +225,7 @@ def test_resumed_run_holds_every_step_once_and_remembers_the_metric_before(
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
-def test_two_processes_write_one_record(
+def test_two_processes_write_one_summary(
     make_module: Factory,
     loader: Factory,
     make_trainer: Factory,
@@ -286,12 +299,11 @@ def test_alone_and_in_pairs(
     assert written == ({"summary.json"} if "RunRecord" in names and not settings else set())
 
 
-def test_barebones_shows_and_times_nothing(
+def test_barebones_shows_nothing(
     make_module: Factory, loader: Factory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = pl.Trainer(callbacks=[RunRecord(str(tmp_path))], accelerator="cpu", max_steps=1, barebones=True)
     trainer.fit(make_module(), loader(1), loader(1))
-    assert not any(isinstance(callback, StepTimer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     assert "Run finished" not in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -322,9 +334,11 @@ def test_git_state_of_a_clean_and_a_changed_repository(tmp_path: Path) -> None:
 
 
 def test_versions_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "not-an-installed-package"))
-    assert provenance.versions()["torch"] == torch.__version__
-    assert provenance.versions()["not_an_installed_package"] is None
+    monkeypatch.setattr(provenance, "PACKAGES", ("pytest", "torch", "not-an-installed-package"))
+    monkeypatch.setattr(torch, "__version__", "2.0.0+a.build")  # the package's metadata know no build
+    found = provenance.versions()
+    assert (found["pytest"], found["torch"]) == (pytest.__version__, "2.0.0+a.build")
+    assert found["not_an_installed_package"] is None
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
     assert provenance.global_seed() == 17
     monkeypatch.delenv("PL_GLOBAL_SEED")

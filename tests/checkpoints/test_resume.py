@@ -467,5 +467,5 @@ def test_a_backbone_is_known_in_another_dtype_and_not_by_other_weights(make_tiny
 
 @pytest.mark.parametrize("setting", ["every_n_steps", "keep_last"])
 def test_bad_settings_are_named(setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"AdapterCheckpoint\.{setting} must be an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match=rf"AdapterCheckpoint\.{setting}: expected an integer ≥ 1, got 0"):
         AdapterCheckpoint(**{setting: 0})

@@ -16,7 +16,9 @@ import yaml
 from peft import IA3Config, LoraConfig
 
 from grit_lightning import GritLitModule
-from grit_lightning.cli.program import GritCLI, main
+from grit_lightning.callbacks import StepTimer
+from grit_lightning.cli.program import main
+from grit_lightning.cli.run import GritCLI
 
 Grit = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +88,15 @@ def test_evaluating_before_training_does_not_change_the_training(grit: Grit) -> 
     assert before[0]
     assert not before[1]
     assert same_weights("a", "b")
+
+
+@pytest.mark.parametrize("words", [(), ("--trainer.callbacks+=StepTimer",)], ids=["added", "configured"])
+def test_every_run_is_timed_by_one_timer(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str], words: tuple[str, ...]
+) -> None:
+    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, *words])
+    (timer,) = (callback for callback in built.trainer.callbacks if isinstance(callback, StepTimer))
+    assert timer.every_n_steps == (50 if words else None)  # one that nobody has configured logs nothing
 
 
 @pytest.mark.parametrize(
@@ -214,7 +225,7 @@ def test_the_tokenizer_can_be_another(
     other = shutil.copytree(tiny_backbone_dir, "other")
     built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, f"{option}={other}"])
     assert built.datamodule._tokenizer == str(other)
-    assert yaml.safe_load(built.record)["tokenizer"] == str(other)
+    assert yaml.safe_load(built.settings_as_yaml)["tokenizer"] == str(other)
 
 
 @pytest.mark.usefixtures("trained")

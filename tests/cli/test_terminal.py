@@ -1,4 +1,8 @@
-"""Which errors become one line: those that this package raised about its input, and no accident."""
+"""Which errors become one line: those about the user's input, and no accident.
+
+- Every `InputError` and Lightning's MisconfigurationException are one line and exit status 1, behind their wrapping too.
+- An accident keeps its traceback, whoever raises it and whatever its builtin class is; so does everything with GRIT_DEBUG=1.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +12,59 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from grit_lightning.cli.terminal import one_line_errors
+from grit_lightning.errors import InputError, InvalidValueError
+
+KINDS = [InputError, *InputError.__subclasses__(), MisconfigurationException]
 
 
-def inside_the_package(source: str) -> Callable[[], None]:
-    """A function `f` as if it stood in a module of the package."""
-    names: dict[str, object] = {"__name__": "grit_lightning.somewhere"}
-    exec(source, names)
-    function = names["f"]
-    assert callable(function)
-    return function
-
-
-@pytest.mark.parametrize("kind", ["ValueError", "TypeError", "FileExistsError", "FloatingPointError"])
-def test_an_error_raised_by_the_package_is_one_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    f = inside_the_package(f"def f():\n    raise {kind}('set x to 1')")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_about_the_input_is_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped, one_line_errors():
-        f()
+        raise kind("set x to 1")
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "grit: error: set x to 1\n"
 
 
-def test_an_error_raised_by_the_package_is_found_behind_its_wrapping(capsys: pytest.CaptureFixture[str]) -> None:
-    f = inside_the_package(
-        """
-def f():
-    try:
-        raise ValueError('set x to 1')
-    except ValueError as error:
-        raise RuntimeError('the parser failed') from error
-"""
-    )
+def test_an_error_about_the_input_is_found_behind_its_wrapping(capsys: pytest.CaptureFixture[str]) -> None:
+    def f() -> None:
+        try:
+            raise InvalidValueError("set x to 1")
+        except ValueError as error:
+            raise RuntimeError("the parser failed") from error
+
     with pytest.raises(SystemExit), one_line_errors():
         f()
     assert capsys.readouterr().err == "grit: error: set x to 1\n"
 
 
-def test_lightnings_verdict_on_the_configuration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), one_line_errors():
-        raise MisconfigurationException("no such accelerator")
-    assert capsys.readouterr().err == "grit: error: no such accelerator\n"
+def fail(kind: type[Exception]) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise kind("a defect")
+
+    return raise_it
 
 
 @pytest.mark.parametrize(
-    ("source", "kind"),
+    ("accident", "kind"),
     [
-        ("def f():\n    return None + 1", TypeError),
-        ("def f():\n    return int('one')", ValueError),
-        ("def f():\n    raise RuntimeError('a defect')", RuntimeError),
-        ("def f():\n    assert False", AssertionError),
+        (lambda: None + 1, TypeError),
+        (lambda: int("one"), ValueError),
+        (fail(ValueError), ValueError),
+        (fail(OSError), OSError),
+        (fail(FloatingPointError), FloatingPointError),
+        (fail(RuntimeError), RuntimeError),
+        (fail(AssertionError), AssertionError),
     ],
 )
-def test_an_accident_keeps_its_traceback(source: str, kind: type[Exception]) -> None:
-    f = inside_the_package(source)
+def test_an_accident_keeps_its_traceback(accident: Callable[[], object], kind: type[Exception]) -> None:
     with pytest.raises(kind), one_line_errors():
-        f()
+        accident()
 
 
-def test_errors_of_other_packages_keep_their_traceback() -> None:
-    with pytest.raises(ValueError, match="theirs"), one_line_errors():
-        raise ValueError("theirs")
+@pytest.mark.parametrize(("value", "shown"), [("1", InvalidValueError), ("0", SystemExit), ("", SystemExit)])
+def test_debugging_shows_every_traceback(
+    monkeypatch: pytest.MonkeyPatch, value: str, shown: type[BaseException]
+) -> None:
+    monkeypatch.setenv("GRIT_DEBUG", value)
+    with pytest.raises(shown), one_line_errors():
+        raise InvalidValueError("set x to 1")

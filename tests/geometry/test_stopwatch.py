@@ -34,7 +34,7 @@ def test_sections_add_up_over_calls(advance: Callable[[float], None]) -> None:
         with stopwatch("capture"):
             advance(seconds)
         advance(10.0)  # outside every section
-    assert stopwatch.seconds == {"capture": 3.0}
+    assert stopwatch.read() == {"capture": 3.0}
     assert stopwatch.calls == {"capture": 2}
 
 
@@ -47,7 +47,7 @@ def test_inner_section_is_taken_from_the_outer_one(advance: Callable[[float], No
             with stopwatch("reduce"):
                 advance(4.0)
         advance(8.0)
-    assert stopwatch.seconds == {"backward": 9.0, "capture": 2.0, "reduce": 4.0}
+    assert stopwatch.read() == {"backward": 9.0, "capture": 2.0, "reduce": 4.0}
 
 
 def test_a_section_left_by_an_error_is_counted_and_closed(advance: Callable[[float], None]) -> None:
@@ -57,7 +57,7 @@ def test_a_section_left_by_an_error_is_counted_and_closed(advance: Callable[[flo
         raise KeyError
     with stopwatch("precondition"):
         advance(2.0)
-    assert stopwatch.seconds == {"capture": 1.0, "precondition": 2.0}
+    assert stopwatch.read() == {"capture": 1.0, "precondition": 2.0}
 
 
 def test_disabled_stopwatch_measures_nothing(advance: Callable[[float], None]) -> None:
@@ -65,7 +65,7 @@ def test_disabled_stopwatch_measures_nothing(advance: Callable[[float], None]) -
     with stopwatch("capture"):
         stopwatch.enabled = True  # entered while disabled: must not be closed as if it were open
         advance(1.0)
-    assert stopwatch.seconds == {}
+    assert stopwatch.read() == {}
     assert stopwatch.calls == {}
 
 
@@ -77,7 +77,7 @@ def test_snapshot_holds_what_was_measured_before_it(advance: Callable[[float], N
     with stopwatch("capture"):
         advance(2.0)
     assert before == {"capture": 1.0}
-    assert stopwatch.seconds == {"capture": 3.0}
+    assert stopwatch.read() == {"capture": 3.0}
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
@@ -90,9 +90,9 @@ def test_copies_keep_the_sums_and_are_independent(
     other = duplicate(stopwatch)
     with other("capture"):
         advance(1.0)
-    assert other.seconds == {"capture": 2.0}
+    assert other.read() == {"capture": 2.0}
     assert other.calls == {"capture": 2}
-    assert stopwatch.seconds == {"capture": 1.0}
+    assert stopwatch.read() == {"capture": 1.0}
 
 
 class FakeEvent:
@@ -135,7 +135,7 @@ def test_cuda_sections_do_not_wait_until_read(cuda_events: type[FakeEvent]) -> N
     taken = stopwatch.snapshot()
     assert cuda_events.waits == 0
     assert taken == {}  # not resolved yet
-    assert stopwatch.seconds == {"capture": 1.5}
+    assert stopwatch.read() == {"capture": 1.5}
     assert cuda_events.waits == 3
     assert taken == {"capture": 1.5}
 
@@ -149,7 +149,7 @@ def test_cuda_events_are_bounded_and_used_again(cuda_events: type[FakeEvent], mo
             cuda_events.clock += 10.0
     assert cuda_events.made == 16  # two for each of the eight spans that may be pending
     assert cuda_events.waits == 0
-    assert stopwatch.seconds["capture"] == pytest.approx(1.0)
+    assert stopwatch.read()["capture"] == pytest.approx(1.0)
 
 
 @pytest.mark.gpu
@@ -164,4 +164,4 @@ def test_cuda_section_counts_device_work_that_the_host_did_not_wait_for() -> Non
             matrix @ matrix
     end.record()
     end.synchronize()
-    assert 0.0 < stopwatch.seconds["product"] <= start.elapsed_time(end) / 1e3
+    assert 0.0 < stopwatch.read()["product"] <= start.elapsed_time(end) / 1e3

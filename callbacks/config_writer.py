@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from grit_lightning.runs.values import write_atomically
+from grit_lightning.runs.atomic import write_text
 
 
-class ConfigRecord(Callback):
+class ConfigWriter(Callback):
     """Writes the settings of a run to a file, and knows whether training has begun.
 
     Evaluating a run does not replace the settings that it was trained with, nor does resuming it before its checkpoint
@@ -22,7 +22,7 @@ class ConfigRecord(Callback):
     """
 
     def __init__(self, path: Path | None, text: str) -> None:
-        """Keeps path and text.
+        """Keep path and text.
 
         Args:
             path: Where to write; None writes nothing.
@@ -34,12 +34,12 @@ class ConfigRecord(Callback):
 
     @rank_zero_only
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file."""
         if self.path is not None and not self.path.exists():
-            write_atomically(self.path, self.text)
+            write_text(self.path, self.text)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes that the work has begun, with these settings."""
+        """Note that the work has begun, with these settings."""
         self.training_began = True
         if self.path is not None and trainer.is_global_zero:
-            write_atomically(self.path, self.text)
+            write_text(self.path, self.text)

@@ -1,0 +1,122 @@
+"""Files, links and folders that are whole or not there at all.
+
+Everything is written beside its final name, under a name that starts with a dot and ends with `.unfinished`, and gets the
+final name in one rename. A process that is killed at any moment leaves what was there before, and at most an unfinished file,
+which the next write of the same name replaces. One process at a time may write a name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from grit_lightning.errors import FileAccessError, FileTakenError, NotAFolderError
+from grit_lightning.runs.values import to_json
+
+# Files.
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file, and have it on disk before it gets its name.
+
+    Args:
+        path: Final name; missing folders are made.
+        write: Writes the content into the open file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_names(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write indented JSON; see `grit_lightning.runs.values.jsonable` for what it may hold."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+# Links.
+
+
+def point_to(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to the file `name` beside it; a copy where links are not allowed."""
+    unfinished = _unfinished(link)
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.symlink(name, unfinished)
+    except OSError:  # Windows allows it to few users only
+        shutil.copy(link.with_name(name), unfinished)
+    os.replace(unfinished, link)
+    _sync_names(link.parent)
+
+
+# Folders.
+
+
+def require_free_folder(folder: Path) -> Path:
+    """Return the full path of a folder that is to be made.
+
+    Raises:
+        NotADirectoryError: It is a file.
+        FileExistsError: It is not empty.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotAFolderError(f"Expected an empty or a new folder, but {folder} is a file. Choose another --output.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileTakenError(f"Expected an empty or a new folder, but {folder} is not empty. Choose another --output.")
+    return folder
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder`, missing parents included, when the block ends without error.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    home = next(parent for parent in folder.parents if parent.exists())
+    new = folder.relative_to(home)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".unfinished", dir=home)
+    except OSError as error:
+        raise FileAccessError(
+            f"Cannot write into {home}: {error.strerror}. Choose another --output, or change its permissions."
+        ) from error
+    with scratch:
+        unfinished = Path(scratch.name) / new
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.replace(Path(scratch.name) / new.parts[0], home / new.parts[0])
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the names in a folder on disk, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
