@@ -7,6 +7,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it has to come before every other import
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
+
+# PEFT imports bitsandbytes, which says on some processors that an optional kernel, which training does not use, is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import copy
 import itertools
 from collections.abc import Callable, Iterator
