@@ -9,7 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
 
-# PEFT imports bitsandbytes, which says on some processors that an optional kernel, which training does not use, is not installed.
+# PEFT imports bitsandbytes, which says on some processors that an optional kernel, of no use in training, is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import copy

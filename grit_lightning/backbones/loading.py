@@ -129,8 +129,8 @@ def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTra
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     for module in model.modules():
-        # Where a processor has AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first evaluation, for a kernel that has
-        # no backward pass: training after it would lose its gradients. It also fails on layers of less than a block of inputs.
+        # On a processor with AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first evaluation, for a kernel without
+        # a backward pass: later training would lose gradients. It also fails on layers with fewer inputs than its block.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model

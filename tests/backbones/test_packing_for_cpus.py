@@ -1,4 +1,4 @@
-"""A 4-bit backbone trains after an evaluation as it does before one, on processors for which bitsandbytes packs weights anew."""
+"""A 4-bit backbone trains after an evaluation as before it, on processors for which bitsandbytes packs weights anew too."""
 
 from __future__ import annotations
 
