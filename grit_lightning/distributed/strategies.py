@@ -342,8 +342,8 @@ def _require_gathered(embedding: nn.Module, args: Any) -> None:
     weight = embedding.weight
     if isinstance(weight, DTensor) or weight.ndim != 2:
         raise RuntimeError(
-            "Expected a call inside a training or evaluation step, where the model's embedding and head are gathered, but it was "
-            "called outside of a training or evaluation step. Call the LightningModule's steps instead, or set "
+            "Expected a call inside a training or evaluation step, where the model's embedding and head are gathered, but it "
+            "was called outside of a training or evaluation step. Call the LightningModule's steps instead, or set "
             "trainer.strategy to ddp."
         )
 
