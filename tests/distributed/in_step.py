@@ -27,7 +27,7 @@ PATIENCE = timedelta(seconds=60)
 def run_on_processes(processes: int, cases: Mapping[str, Case], out: Path) -> None:
     """Run all cases on so many processes, in step.
 
-    The processes are forked from this one, which has imported everything for them and has no threads yet.
+    The processes are forked from this one, which has imported everything for them and computed nothing yet.
 
     Args:
         processes: Their number.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -67,11 +67,10 @@ class Heard:
     ("where", "attention"), [("gradient", "eager"), ("activation", "eager"), ("activation", "sdpa")]
 )
 def test_a_broken_micro_batch_is_left_out_of_the_layers_that_hear_it_and_counts_in_the_others(
-    poison: float, where: str, attention: str, make_module: Any, random_batch: Any
+    poison: float, where: str, attention: str, make_geometry: Any, random_batch: Any
 ) -> None:
-    model = make_module(geometry=None, attn_implementation=attention).peft_model
+    model, geometry = make_geometry(llama={"attn_implementation": attention})
     bad, good = random_batch(batch=2, length=12, seed=1), random_batch(batch=2, length=12, pad=[0, 3])
-    geometry = RankSpaceGeometry(model, GeometryConfig())
     first = geometry.groups[0].sites[0]  # a query projection of the lowest layer: no other layer is below it
 
     def spoil(tensor: Tensor) -> Tensor:
@@ -129,14 +128,13 @@ def test_a_factor_that_is_not_positive_definite_climbs_the_ladder(
 
 @pytest.mark.parametrize("grafting", [False, True])
 def test_a_gradient_that_overflows_falls_back_to_the_raw_one_in_its_layer_only(
-    grafting: bool, make_module: Any, random_batch: Any
+    grafting: bool, make_geometry: Any, random_batch: Any
 ) -> None:
-    model = make_module(geometry=None).peft_model
+    model, geometry = make_geometry(**asdict(replace(EVERY_STEP, grafting=grafting)))
     batch = random_batch()
     model(**batch).loss.backward()
     raw = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    geometry = RankSpaceGeometry(model, replace(EVERY_STEP, grafting=grafting))
     refresh = geometry.refresh
 
     def refresh_badly() -> None:
