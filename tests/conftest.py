@@ -1,4 +1,4 @@
-"""Shared fixtures: a seeded tiny Llama, a byte-level tokenizer whose ids fit it, and random batches with padding."""
+"""Shared fixtures: a seeded tiny Llama and its geometry, a byte-level tokenizer that fits it, random batches with padding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it has to come before every other import
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import logging
+
+# PEFT imports bitsandbytes, which says on some processors that an optional kernel, of no use in training, is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import copy
 import itertools
@@ -15,10 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from grit_lightning import GeometryConfig, RankSpaceGeometry
 
 VOCAB_SIZE = 320  # 4 special tokens and 256 bytes, rounded up
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0, 1, 2, 3
@@ -110,6 +117,37 @@ def lora_config() -> Callable[..., LoraConfig]:
             "task_type": "CAUSAL_LM",
         }
         return LoraConfig(**(settings | overrides))
+
+    return make
+
+
+def _randomize(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def randomize() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Gives both factors of every layer seeded random values, as after some training, so that B ≠ 0."""
+    return _randomize
+
+
+@pytest.fixture
+def make_geometry(lora_config: Callable[..., LoraConfig]) -> Callable[..., tuple[PeftModel, RankSpaceGeometry]]:
+    """`make_geometry(kfac_update_freq=1)`: an adapted tiny Llama with B ≠ 0, and its geometry with these settings.
+
+    `adapter` and `llama` are dicts that override its LoRA and Llama configurations.
+    """
+
+    def make(
+        adapter: dict[str, Any] | None = None, llama: dict[str, Any] | None = None, **settings: Any
+    ) -> tuple[PeftModel, RankSpaceGeometry]:
+        model = get_peft_model(_tiny_llama(**(llama or {})), lora_config(**(adapter or {})))
+        _randomize(model)
+        return model, RankSpaceGeometry(model, GeometryConfig(**settings))
 
     return make
 

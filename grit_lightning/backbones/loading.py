@@ -128,6 +128,11 @@ def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTra
         # transformers renamed the method; both names take the keywords of torch.utils.checkpoint first
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    for module in model.modules():
+        # On a processor with AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first evaluation, for a kernel without
+        # a backward pass: later training would lose gradients. It also fails on layers with fewer inputs than its block.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

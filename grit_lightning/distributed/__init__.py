@@ -1,1 +1,1 @@
-"""Several processes: what they tell each other, and which strategies keep the adapter whole. Imports nothing by itself."""
+"""Training on several processes: what they exchange, and strategies that shard the backbone and keep the adapter whole."""

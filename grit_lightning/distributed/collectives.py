@@ -1,4 +1,4 @@
-"""What processes tell each other beside what the strategy does: sums, averages and copies, each one coalesced collective.
+"""What processes exchange besides what the strategy does: sums, averages, copies and small objects.
 
 Without a process group, or alone in one, every function leaves its arguments as they are and communicates nothing.
 """
@@ -6,61 +6,50 @@ Without a process group, or alone in one, every function leaves its arguments as
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_LOW_BITS = 12  # of a count; the sums of both halves then stay below 2²⁴, where float32 still counts exactly
-
 
 def process_count() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Return the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of rank zero, or the only one."""
+    """Return whether this is the process of rank zero, or the only one."""
     return process_count() == 1 or dist.get_rank() == 0
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over all processes, in place and in one all-reduce; a collective.
+    """Replace tensors by their sums over all processes, in place; a collective.
 
-    All processes end with the same bits. Counts travel as two float32 halves each, exact up to 2³⁶ in the sum and up to
-    4,096 processes, so that they need no collective of their own.
+    One all-reduce for values and, if there are any, one for counts. All processes end with the same bits.
 
     Args:
-        tensors: float32 values and non-negative int64 counts, on one device, in the same order on every process.
+        tensors: float32 values and int64 counts on one device, in the same order on every process.
     """
-    if process_count() == 1 or not tensors:
+    if process_count() == 1:
         return
-    parts = [part.flatten() for tensor in tensors for part in _as_float(tensor)]
-    flat = torch.cat(parts)
-    dist.all_reduce(flat)
-    sums = iter(flat.split([part.numel() for part in parts]))
-    for tensor in tensors:
-        if tensor.dtype == torch.int64:
-            high, low = next(sums).long(), next(sums).long()
-            tensor.copy_(((high << _LOW_BITS) + low).view_as(tensor))
-        else:
-            tensor.copy_(next(sums).view_as(tensor))
-
-
-def _as_float(tensor: Tensor) -> tuple[Tensor, ...]:
-    if tensor.dtype != torch.int64:
-        return (tensor,)
-    return (tensor >> _LOW_BITS).float(), (tensor & ((1 << _LOW_BITS) - 1)).float()
+    values = [tensor for tensor in tensors if tensor.is_floating_point()]
+    counts = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    for members in (values, counts):
+        if members:
+            flat = torch.cat([tensor.flatten() for tensor in members])
+            dist.all_reduce(flat)
+            _copy_back(flat, members)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace gradients by their means over all processes, in one all-reduce a dtype and device; a collective.
+    """Replace gradients by their means over all processes, in one all-reduce for each dtype and device; a collective.
 
-    Where a parameter took part in the loss of some processes only, the others count as zero, as under DDP; where it took
-    part in none, it keeps no gradient.
+    A process on which a parameter has no gradient counts as zero, as under DDP. A parameter that has a gradient on no process
+    keeps none.
 
     Args:
-        parameters: The same ones in the same order on every process.
+        parameters: The same parameters in the same order on every process.
     """
     if process_count() == 1:
         return
@@ -85,7 +74,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def copy_from_first_process(tensors: Iterable[Tensor]) -> None:
-    """Give every process the values that rank zero has, in one broadcast a dtype and device; a collective."""
+    """Overwrite tensors with the values of rank zero, in one broadcast for each dtype and device; a collective."""
     if process_count() == 1:
         return
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -94,5 +83,23 @@ def copy_from_first_process(tensors: Iterable[Tensor]) -> None:
     for members in buckets.values():
         flat = torch.cat([tensor.flatten() for tensor in members])
         dist.broadcast(flat, 0)
-        for tensor, value in zip(members, flat.split([tensor.numel() for tensor in members]), strict=True):
-            tensor.copy_(value.view_as(tensor))
+        _copy_back(flat, members)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return what every process has passed, by rank, on every process; a collective.
+
+    Args:
+        value: Any object that can be pickled; keep it small.
+    """
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write the parts of a flattened concatenation into the tensors that it was made of."""
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

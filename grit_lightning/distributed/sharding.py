@@ -1,6 +1,6 @@
-"""Cuts the frozen backbone into shards, unit by unit, so that no process but the one that has read it ever holds it whole.
+"""Shards the frozen backbone unit by unit, so that only the process that reads it ever holds all of it.
 
-A unit is one block of the network (a decoder layer), or what lies outside of all blocks. The adapter stays out of it.
+A unit is one block of the network (a decoder layer), or everything outside of the blocks. The adapter is not sharded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of repeated blocks of a network, whatever their class: every `ModuleList` that lies in no other one.
+    """Return the lists of repeated blocks of a network, whatever their class: every `ModuleList` that is not inside another.
 
-    Lists inside a block (experts, say) are part of it. A vision tower or an encoder has a list of its own.
+    Lists inside a block (experts, for example) belong to the block. A vision tower or an encoder has its own list.
 
     Raises:
         ValueError: If there is none.
@@ -34,19 +34,20 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     found = [blocks for blocks in outermost(model) if len(blocks) > 0]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no list of repeated blocks to cut into shards. Set trainer.strategy to ddp."
+            f"Expected a model with a ModuleList of repeated blocks, but {type(model).__name__} has no list of repeated blocks "
+            "to shard. Set trainer.strategy to ddp."
         )
     return found
 
 
 def shard_in_units(model: nn.Module, wrap: Wrap, device: torch.device, *, fill: bool) -> None:
-    """Wrap every block of a model where it stands; the caller wraps the rest, which is ready for that.
+    """Replace every block of a model by its sharded form; the caller then shards the rest.
 
     Args:
-        model: With parameters on any device; those on the meta device become real one unit at a time.
-        wrap: Shards a block, and returns what takes its place.
-        device: Where meta parameters become real.
-        fill: Give every process the values of rank zero; a collective. Needed where parameters were on the meta device.
+        model: Its parameters may be on any device; those on the meta device are materialized one unit at a time.
+        wrap: Shards a block and returns its replacement.
+        device: Where to materialize.
+        fill: Broadcast the values of rank zero to every process; a collective. Needed if some process has meta parameters.
     """
     lists = block_lists(model)
     inside = {id(module) for blocks in lists for module in blocks.modules()} - {id(blocks) for blocks in lists}
@@ -60,12 +61,12 @@ def shard_in_units(model: nn.Module, wrap: Wrap, device: torch.device, *, fill: 
 
 @torch.no_grad()
 def _prepare(modules: list[nn.Module], device: torch.device, fill: bool) -> None:
-    make_real(modules, device)
+    materialize(modules, device)
     if not fill:
         return
     seen: set[int] = set()
     for tensor in chain.from_iterable(_own_tensors(module) for module in modules):
-        if tensor.requires_grad or id(tensor) in seen:  # the adapter has its own way; tied weights need one only
+        if tensor.requires_grad or id(tensor) in seen:  # `share_adapter` sends the adapter; tied weights are sent once
             continue
         seen.add(id(tensor))
         value = tensor.detach().to(device).contiguous()
@@ -78,8 +79,8 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def make_real(modules: list[nn.Module], device: torch.device) -> None:
-    """Replace tensors on the meta device by uninitialised ones on `device`; tied ones stay tied."""
+def materialize(modules: list[nn.Module], device: torch.device) -> None:
+    """Replace tensors on the meta device by uninitialised ones on `device`; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

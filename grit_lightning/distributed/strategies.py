@@ -1,9 +1,9 @@
 """Training on several processes with a sharded backbone: `--trainer.strategy grit_fsdp` and `grit_fsdp2`.
 
-The frozen backbone is what needs memory, so that is what is cut into shards. The adapter is small, and its geometry needs
-whole factors: it stays whole and replicated, and its gradients are averaged in one all-reduce a step. Statistics,
-decisions, optimizer and checkpoints are then those of a single process, and a checkpoint is one file that any number of
-processes and any strategy goes on from.
+The frozen backbone takes most of the memory, so the backbone is sharded. The adapter is small, and its geometry needs whole
+factors: it stays whole on every process, and its gradients are averaged in one all-reduce a step. Statistics, decisions,
+optimizer and checkpoints are then the same as on a single process, and a run can be resumed from its one checkpoint file
+on any number of processes and under any strategy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 from grit_lightning.backbones.loading import empty_backbone, load_backbone
 from grit_lightning.checkpoints.adapter_state import SUPPORTED
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process
-from grit_lightning.distributed.sharding import make_real, shard_in_units
+from grit_lightning.distributed.sharding import materialize, shard_in_units
 
 TIMEOUT = timedelta(minutes=15)
 """How long a process waits for the others before it gives up; loading a large backbone has to fit."""
@@ -63,41 +63,42 @@ def require_supported(strategy: Strategy) -> None:
     splits = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
     if splits or not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise MisconfigurationException(
-            f"{type(strategy).__name__} is not supported: it may split the adapter, whose factors the geometry, checkpoints "
-            f"and export need whole. Set trainer.strategy to one of {', '.join(SUPPORTED)}, or train on one device."
+            "Expected a strategy that keeps the adapter whole, as the geometry, checkpoints and export need it, got one that "
+            f"may split it: {type(strategy).__name__} is not supported. Set trainer.strategy to one of "
+            f"{', '.join(SUPPORTED)}, or train on one device."
         )
 
 
 class WholeAdapterStrategy(ParallelStrategy):
-    """What both sharding strategies share: the adapter is whole and equal on every process, only the backbone is sharded.
+    """Base of both sharding strategies: only the backbone is sharded, the adapter is whole and equal on every process.
 
-    Checkpoints are Lightning's ordinary ones, written by rank zero. Norm clipping and AMP are a single process's, since
-    averaged gradients are equal everywhere.
+    Checkpoints are Lightning's ordinary ones, written by rank zero. Norm clipping and AMP work as on a single process,
+    since averaged gradients are equal everywhere.
     """
 
     load_on_rank_zero = True
     _blocks_sync = False
-    _filled_by_first = False
+    _broadcasts_backbone = False
 
     # Building.
 
-    def load_backbone(self, **loading: Any) -> PreTrainedModel:
-        """Load the backbone on rank zero, and its shape alone on every other process; a collective.
+    def load_backbone(self, **options: Any) -> PreTrainedModel:
+        """Load the backbone on rank zero, and only its shape on every other process; a collective.
 
-        A model in memory, and one that is quantised while it is read, is loaded by every process for itself.
+        A model that is already in memory, or that is quantised while it is read, is loaded by every process itself.
 
         Args:
-            **loading: Arguments of `backbones.load_backbone`.
+            **options: Arguments of `backbones.load_backbone`.
         """
         shared = self.load_on_rank_zero and self.world_size > 1
-        if not shared or isinstance(loading["source"], PreTrainedModel) or loading.get("quantization") is not None:
-            return load_backbone(**loading)
-        self._filled_by_first = True
-        model = load_backbone(**loading) if self.is_global_zero else None
+        if not shared or isinstance(options["source"], PreTrainedModel) or options.get("quantization") is not None:
+            return load_backbone(**options)
+        self._broadcasts_backbone = True
+        model = load_backbone(**options) if self.is_global_zero else None
         known = None if model is None else (model.dtype, model.generation_config)
         dtype, generation_config = self.broadcast(known)  # type: ignore[misc]
         if model is None:
-            model = empty_backbone(**{**loading, "dtype": dtype})
+            model = empty_backbone(**{**options, "dtype": dtype})
             model.generation_config = generation_config
         return model
 
@@ -106,7 +107,7 @@ class WholeAdapterStrategy(ParallelStrategy):
         owners = [
             module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))
         ]
-        make_real(owners, torch.device("cpu"))
+        materialize(owners, torch.device("cpu"))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self.root_device)
@@ -118,8 +119,12 @@ class WholeAdapterStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
 
-    def _settle(self) -> None:
-        """Move what is neither backbone nor adapter, and say where the module is: nobody calls `to()`, which would."""
+    def _place_module(self) -> None:
+        """Move the metrics to this process's device and record it as the module's, as `LightningModule.to()` would have done.
+
+        Sharding puts the parameters in place by itself, so `to()` is never called. From now on a forward pass also checks
+        that the embedding is gathered.
+        """
         module: Any = self.lightning_module
         module._device = self.root_device
         module.peft_model.get_input_embeddings().register_forward_pre_hook(_require_gathered)
@@ -131,7 +136,7 @@ class WholeAdapterStrategy(ParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Leave gradients of this micro-batch to be averaged with those of the last one of the window."""
+        """Do not average the gradients yet: inside an accumulation window they are averaged after its last micro-batch."""
         self._blocks_sync = True
         try:
             yield
@@ -148,7 +153,7 @@ class WholeAdapterStrategy(ParallelStrategy):
 
     @property
     def precision_plugin(self) -> Precision:
-        """That of a single device: the adapter's gradients are whole."""
+        """The plugin of a single device, since the adapter's gradients are whole."""
         return self._precision_plugin if self._precision_plugin is not None else Precision()
 
     @precision_plugin.setter
@@ -166,28 +171,28 @@ class WholeAdapterStrategy(ParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """As on a single device: before the backbone is sharded."""
+        """False, as on a single device: weights are restored before the backbone is sharded."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """As on a single device."""
+        """True, as on a single device."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The adapter."""
+        """Return the weights of the adapter."""
         return Strategy.lightning_module_state_dict(self)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the adapter."""
+        """Load the weights of the adapter."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of the optimizer, whose parameters are the whole adapter."""
+        """Return the state of the optimizer, whose parameters are the whole adapter."""
         return Strategy.optimizer_state(self, optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load it."""
+        """Load the states of all optimizers."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -202,16 +207,16 @@ class WholeAdapterStrategy(ParallelStrategy):
 class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc]  # precision is any plugin's here
     """FSDP with a sharded backbone and a whole adapter. Also runs on CPUs.
 
-    Every block of the network is a unit, found without being told its class. For activation checkpointing set
-    `model.gradient_checkpointing`; weights travel between processes in `model.dtype`.
+    Every block of the network is one unit; its class need not be named. For activation checkpointing set
+    `model.gradient_checkpointing`. Processes exchange weights in `model.dtype`.
 
     Args:
-        cpu_offload: Keep the shards in CPU memory, and bring a unit to the device while it computes.
+        cpu_offload: Keep the shards in CPU memory, and copy a unit to the device only while it computes.
         sharding_strategy: As in Lightning's FSDPStrategy.
         device_mesh: As in Lightning's FSDPStrategy, for HYBRID_SHARD.
-        load_on_rank_zero: Read the backbone on rank zero only, and send it on unit by unit; the others never hold more than
-            one unit. False has every process read it.
-        process_group_backend: nccl, gloo …; None takes what fits the device.
+        load_on_rank_zero: Read the backbone on rank zero only, and broadcast it unit by unit, so that the other processes
+            never hold more than one whole unit. False lets every process read it.
+        process_group_backend: nccl, gloo …; None chooses by device.
         timeout: How long a process waits for the others.
     """
 
@@ -226,7 +231,7 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
         process_group_backend: str | None = None,
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        """Keep the settings."""
+        """Store the settings."""
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -238,13 +243,13 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
         self._root: FullyShardedDataParallel | None = None
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Wrap the blocks, then the rest; once, for a fit and what is validated around it."""
+        """Wrap the blocks, then the rest; only once, even when a fit and a validation follow each other."""
         if self._root is not None and self._root.module is model:
             return self._root
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise _already_sharded()
         adapter = self._adapter()
-        offload = self.cpu_offload.offload_params and self.root_device.type != "cpu"  # else they are there already
+        offload = self.cpu_offload.offload_params and self.root_device.type != "cpu"  # a CPU keeps them there anyway
 
         def wrap(module: nn.Module) -> nn.Module:
             return FullyShardedDataParallel(
@@ -256,9 +261,9 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
                 **{name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"},
             )
 
-        shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
+        shard_in_units(model, wrap, self.root_device, fill=self._broadcasts_backbone)
         self._root = root = wrap(model)  # type: ignore[assignment]
-        self._settle()
+        self._place_module()
         return root
 
 
@@ -266,10 +271,10 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
     """FSDP2 (`fully_shard`) with a sharded backbone and a whole adapter. Also runs on CPUs.
 
     Args:
-        cpu_offload: Keep the shards in CPU memory, and bring a unit to the device while it computes.
+        cpu_offload: Keep the shards in CPU memory, and copy a unit to the device only while it computes.
         tensor_parallel_size: 1; there is no tensor parallelism.
         load_on_rank_zero: As in `GritFSDPStrategy`.
-        process_group_backend: nccl, gloo …; None takes what fits the device.
+        process_group_backend: nccl, gloo …; None chooses by device.
         timeout: How long a process waits for the others.
 
     Raises:
@@ -286,11 +291,11 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        """Keep the settings."""
+        """Store the settings."""
         if tensor_parallel_size != 1:
             raise ValueError(
                 f"GritFSDP2Strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: tensor parallelism would split "
-                "the factors and activations of the adapter, which the geometry needs whole. Shard over more processes instead."
+                "the factors and activations of the adapter, which the geometry needs whole. Use more processes instead."
             )
         super().__init__(
             tensor_parallel_size=1,
@@ -303,12 +308,12 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
         self._sharded: nn.Module | None = None
 
     def setup_environment(self) -> None:
-        """Take all processes as one data-parallel group."""
+        """Make all processes one data-parallel group."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Shard the blocks, then the rest; once, for a fit and what is validated around it."""
+        """Shard the blocks, then the rest; only once, even when a fit and a validation follow each other."""
         model: nn.Module = self.lightning_module.peft_model  # type: ignore[union-attr,assignment]
         if self._sharded is not model:
             if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -324,27 +329,29 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
             mesh = self.device_mesh["data_parallel"]
             return fully_shard(module, mesh=mesh, offload_policy=offload, ignored_params=adapter)  # type: ignore[return-value]
 
-        shard_in_units(model, wrap, self.root_device, fill=self._filled_by_first)
+        shard_in_units(model, wrap, self.root_device, fill=self._broadcasts_backbone)
         self._sharded = wrap(model)
-        self._settle()
+        self._place_module()
 
     def model_to_device(self) -> None:
-        """Nothing: the shards are where they belong."""
+        """Do nothing: sharding has put the parameters in place."""
 
 
 def _require_gathered(embedding: nn.Module, args: Any) -> None:
-    """Refuse a forward pass that finds a shard where the embedding should be."""
+    """Refuse a forward pass whose embedding is still sharded."""
     weight = embedding.weight
     if isinstance(weight, DTensor) or weight.ndim != 2:
         raise RuntimeError(
-            "The model was called outside of a training or evaluation step, where its embedding and head are not gathered. "
-            "Call the LightningModule's steps, leave out what calls the model itself, or set trainer.strategy to ddp."
+            "Expected a call inside a training or evaluation step, where the model's embedding and head are gathered, but it "
+            "was called outside of a training or evaluation step. Call the LightningModule's steps instead, or set "
+            "trainer.strategy to ddp."
         )
 
 
 def _already_sharded() -> MisconfigurationException:
     return MisconfigurationException(
-        "The module has been sharded by another Trainer. Use one Trainer for all of a run, or make a new GritLitModule."
+        "Expected a module that is not sharded yet, got one that another Trainer has sharded. Use the same Trainer for the "
+        "whole run, or make a new GritLitModule."
     )
 
 

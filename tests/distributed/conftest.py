@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,12 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def worker() -> ModuleType:
     """The script of the two processes, as a module."""
-    spec = importlib.util.spec_from_file_location("distributed_worker", HERE / "worker.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(HERE))
+    module = importlib.import_module("worker")
+    sys.path.remove(str(HERE))
     return module
 
 
@@ -52,23 +50,31 @@ def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ite
     before, threads = dict(os.environ), torch.get_num_threads()
     torch.set_num_threads(1)
     with FileLock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
-        if not (out / "done").exists():
-            backbone = worker.runs.write_backbone(out / "backbone")
-            tied = worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
-            worker.saved_and_resumed("one", backbone, out / "one-1", 1)
-            worker.runs.launch(2, HERE / "worker.py", str(backbone), str(tied), str(out))
-            (out / "done").touch()
+        if not (out / "launch.log").exists():
+            _launch(worker, out)
     yield out
     torch.set_num_threads(threads)
     for name in set(os.environ) - set(before):
         del os.environ[name]
 
 
+def _launch(worker: ModuleType, out: Path) -> None:
+    """Run all cases; what goes wrong is told by the tests of the case in which it did."""
+    backbone = worker.runs.write_backbone(out / "backbone")
+    worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
+    worker.in_step.run_case("one-1", lambda: worker.saved_and_resumed("one", backbone, out / "one-1", 1), out)
+    try:
+        said = worker.runs.launch(1, HERE / "worker.py", str(out))  # which forks the two
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    (out / "launch.log").write_text(said, encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
-def found(results: Path) -> Callable[..., Any]:
-    """Reads the result of a run on a process: `found("train-ddp", 1)`."""
+def found(worker: ModuleType, results: Path) -> Callable[..., Any]:
+    """Reads the result of a case on a process, and fails with the case's traceback: `found("train-ddp", 1)`."""
 
     def read(name: str, rank: int = 0) -> Any:
-        return torch.load(results / f"{name}-{rank}.pt", weights_only=True)
+        return worker.in_step.read_result(name, results, rank)
 
     return read

@@ -19,7 +19,7 @@ ROUNDING = 1e-4
 KINDS = ("ddp", "fsdp", "fsdp2")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path | str) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
 
@@ -49,9 +49,9 @@ def uninterrupted(results: Path, worker: ModuleType) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_from_one_process_to_two_and_back(
-    kind: str, results: Path, worker: ModuleType, uninterrupted: dict[str, Any]
+    kind: str, found: Found, results: Path, worker: ModuleType, uninterrupted: dict[str, Any]
 ) -> None:
-    two = results / f"{kind}-2" / "last.ckpt"
+    two = Path(found(f"resumed-{kind}"))
     assert [path.name for path in two.parent.iterdir() if path.is_dir()] == []  # one file, no shards
     end = load(worker.saved_and_resumed("one", results / "backbone", results / f"{kind}-3", 3, resume=two))
     assert load(two)["global_step"] == 6
@@ -64,16 +64,16 @@ def test_a_run_goes_from_one_process_to_two_and_back(
             assert worker.runs.largest_difference(part, value) < ROUNDING
 
 
-def test_a_run_stopped_and_resumed_on_two_processes_is_the_one_that_was_not(results: Path) -> None:
+def test_a_run_stopped_and_resumed_on_two_processes_is_the_one_that_was_not(found: Found) -> None:
     """To the bit, although one is under DDP and the other under FSDP."""
-    whole, resumed = (load(results / name / "last.ckpt") for name in ("whole", "begun"))
+    whole, resumed = (load(found(name)) for name in ("whole", "begun"))
     assert whole["global_step"] == resumed["global_step"] == 9
     assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_two_processes_is_exported(kind: str, results: Path, tmp_path: Path) -> None:
-    checkpoint = results / f"{kind}-2" / "last.ckpt"
+def test_a_checkpoint_of_two_processes_is_exported(kind: str, found: Found, results: Path, tmp_path: Path) -> None:
+    checkpoint = Path(found(f"resumed-{kind}"))
     adapter = export_adapter(checkpoint, tmp_path / "adapter")
     ranks = load(checkpoint)["grit"]["ranks"]
     assert sorted(adapter.ranks.values()) == sorted(ranks.values())
@@ -81,12 +81,11 @@ def test_a_checkpoint_of_two_processes_is_exported(kind: str, results: Path, tmp
     assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_checkpoints_hold_no_backbone_under_any_strategy(results: Path) -> None:
-    names = load(results / "one-1" / "last.ckpt")["state_dict"].keys()
-    for kind in KINDS:
-        held = load(results / f"{kind}-2" / "last.ckpt")["state_dict"]
-        assert held.keys() == names
-        assert all("lora_" in name and value.ndim == 2 for name, value in held.items())
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_hold_no_backbone_under_any_strategy(kind: str, found: Found) -> None:
+    held = load(found(f"resumed-{kind}"))["state_dict"]
+    assert held.keys() == load(found("one-1"))["state_dict"].keys()
+    assert all("lora_" in name and value.ndim == 2 for name, value in held.items())
 
 
 @pytest.mark.parametrize("shape", [(-1,), (0, 8)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,12 @@ Found = Callable[..., Any]
 def one(worker: ModuleType, results: Path) -> dict[str, Any]:
     run: dict[str, Any] = worker.runs.train("one", results / "backbone")
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(worker: ModuleType, results: Path) -> Callable[[str], dict[str, Any]]:
+    """Runs a variant on a single process, once for all strategies."""
+    return functools.cache(lambda name: worker.variant(name, "one", results))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,15 +48,19 @@ def test_replicas_are_equal_to_the_bit(kind: str, found: Found, worker: ModuleTy
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_geometry_adds_one_collective_a_refresh(kind: str, found: Found) -> None:
+def test_the_geometry_adds_two_collectives_a_refresh(kind: str, found: Found) -> None:
+    """One for values and one for counts."""
     counted = found(f"count-{kind}")
     plain, geometry = counted["plain"], counted["geometry"]
     refreshes = counted["steps"] // 3
     calls = {name: geometry["calls"][name] - plain["calls"].get(name, 0) for name in geometry["calls"]}
     added = sum(geometry["bytes"].values()) - sum(plain["bytes"].values())
-    assert {name: number for name, number in calls.items() if number} == {"allreduce": refreshes}
-    counts = counted["layers"] * (1 + 3 * 2)  # a weight, and three counts as two halves each
-    assert added == refreshes * 4 * (counted["floats_of_statistics"] + counts)
+    assert {name: number for name, number in calls.items() if number} == {"allreduce": 2 * refreshes}
+    floats, counts = (
+        counted["floats_of_statistics"] + counted["layers"],
+        3 * counted["layers"],
+    )  # each layer has a weight
+    assert added == refreshes * (4 * floats + 8 * counts)
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -74,19 +85,17 @@ def test_only_rank_zero_reads_a_dense_backbone(kind: str, found: Found) -> None:
 @pytest.mark.parametrize("kind", SHARDED)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sharded_variants_train_what_one_process_trains(
-    variant: str, kind: str, found: Found, results: Path, worker: ModuleType
+    variant: str, kind: str, found: Found, alone: Callable[[str], Any], worker: ModuleType
 ) -> None:
-    _, settings, folder = worker.VARIANTS[variant]
-    alone = worker.brief("auto", results / folder, **settings)
-    both = [found(f"{variant}-{kind}", rank) for rank in range(2)]
+    one, both = alone(variant), [found(f"{variant}-{kind}", rank) for rank in range(2)]
     assert worker.runs.replicas_agree(*both)
     assert both[0]["dtypes"] == ["torch.float32"]
-    assert both[0]["tokens"] == alone["tokens"]
+    assert both[0]["tokens"] == one["tokens"]
     tolerance = 0.02 if "bf16" in variant else ROUNDING  # two orders of summation round differently to 8 bits
     for part in ("Σ_a", "Σ_g", "weights"):
-        assert worker.runs.largest_difference(alone[part], both[0][part]) < tolerance, part
-    assert sum(process["held"] for process in both) < 1.1 * alone["held"]
-    assert max(process["held"] for process in both) < 0.6 * alone["held"]
+        assert worker.runs.largest_difference(one[part], both[0][part]) < tolerance, part
+    assert sum(process["held"] for process in both) < 1.1 * one["held"]
+    assert max(process["held"] for process in both) < 0.6 * one["held"]
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -112,3 +121,18 @@ def test_sums_averages_and_copies_are_those_of_both_processes(found: Found) -> N
         assert own["sum"].tolist() == [2.0, 2.0]
         assert own["counts"].tolist() == [2**35 + 3, 8191]  # float32 alone would lose the last digits
         assert own["copied"].tolist() == [7.0, 7.0]
+
+
+def test_a_case_that_fails_says_why_and_takes_no_other_along(found: Found) -> None:
+    """The harness itself: after a failure on one process, and one on both, the next case runs as if alone."""
+    for name, rank, reason in (
+        ("fails on one", 1, "process 1 has failed"),
+        ("fails on one", 0, "Connection closed|timed out|Timed out|reset"),
+        ("fails on both", 0, "process 0 has failed"),
+        ("fails on both", 1, "process 1 has failed"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            found(name, rank)
+    with pytest.raises(RuntimeError, match="'never heard of' has left no result on process 0"):
+        found("never heard of")
+    assert found("collectives", 0)["counts"].tolist() == found("collectives", 1)["counts"].tolist()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grit_lightning.backbones.loading import empty_backbone
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
-from grit_lightning.distributed.sharding import block_lists, make_real
+from grit_lightning.distributed.sharding import block_lists, materialize
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy, require_supported
 
 
@@ -68,7 +68,7 @@ def test_an_empty_backbone_has_the_names_shapes_and_ties_of_the_loaded_one(tiny_
     loaded = AutoModelForCausalLM.from_pretrained(tiny_backbone_dir, dtype=torch.bfloat16)
     empty = empty_backbone(tiny_backbone_dir, dtype=torch.bfloat16)
     assert all(parameter.is_meta for parameter in empty.parameters())
-    make_real(list(empty.modules()), torch.device("cpu"))
+    materialize(list(empty.modules()), torch.device("cpu"))
     described = [
         {n: (t.shape, t.dtype) for n, t in [*m.named_parameters(), *m.named_buffers()]} for m in (loaded, empty)
     ]
@@ -79,7 +79,7 @@ def test_tied_weights_stay_tied_when_they_become_real() -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=1, tie_word_embeddings=True, hidden_size=32, vocab_size=64)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    make_real(list(model.modules()), torch.device("cpu"))
+    materialize(list(model.modules()), torch.device("cpu"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -1,13 +1,13 @@
-"""What each of two processes does for the tests, in one launch: every run one after the other, results into files by rank.
+"""The cases that two processes run for the tests of this folder, in one launch.
 
-The helpers and the compared run are those of `benchmarks/processes.py`.
+The helpers and the compared run are those of `benchmarks/processes.py`; `in_step.py` says how cases are kept apart.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,8 +16,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import in_step  # type: ignore[import-not-found]
 import processes as runs  # type: ignore[import-not-found]
 
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
@@ -46,8 +48,8 @@ class Unfinished(pl.Callback):
         return int(trainer.accumulate_grad_batches) // 2
 
 
-def saved_and_resumed(kind: str, backbone: Path, folder: Path, epochs: int, resume: Path | None = None) -> Path:
-    """Train until so many epochs of three steps are over, from a checkpoint if there is one; return the last checkpoint."""
+def saved_and_resumed(kind: str, backbone: Path, folder: Path, epochs: int, resume: Path | None = None) -> str:
+    """Train until so many epochs of three steps are over, from a checkpoint if there is one; return the path of the last."""
     pl.seed_everything(7, verbose=False)
     callbacks = [
         Reprojection("balanced", every_n_steps=4),
@@ -57,7 +59,7 @@ def saved_and_resumed(kind: str, backbone: Path, folder: Path, epochs: int, resu
     module = runs.make_module(backbone, OFTEN)
     trainer = runs.make_trainer(kind, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=True)
     trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)), ckpt_path=resume, weights_only=True)
-    return folder / "last.ckpt"
+    return str(folder / "last.ckpt")
 
 
 def window(kind: str, backbone: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def generated(kind: str, backbone: Path) -> list[Any]:
+def generated(kind: str, backbone: Path) -> list[tuple[Any, ...]]:
     """Answers to one prompt a process: six tokens; then cut where that of rank zero ends at once; then six again."""
     pl.seed_everything(7, verbose=False)
     module = runs.make_module(backbone, None)
@@ -127,7 +129,7 @@ def generated(kind: str, backbone: Path) -> list[Any]:
 
     module.test_step = test_step
     runs.make_trainer(kind).test(module, runs.share(runs.micro_batches(2, seed=3)), verbose=False)
-    return answers
+    return [tuple(answer) for answer in answers]
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -138,6 +140,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 """By name: arguments of the strategy, of the module (and the precision), and which backbone."""
 STRATEGIES = {"fsdp": GritFSDPStrategy, "fsdp2": GritFSDP2Strategy}
+
+
+def variant(name: str, kind: str, out: Path) -> dict[str, Any]:
+    """A short run of a variant under a strategy, or on a single process."""
+    options, settings, folder = VARIANTS[name]
+    return brief(STRATEGIES[kind](**options) if kind in STRATEGIES else "auto", out / folder, **settings)
 
 
 def broken(backbone: Path) -> dict[str, str]:
@@ -174,34 +182,36 @@ def collectives() -> dict[str, Any]:
     return {"gradients": gradients, "sum": value, "counts": counts, "copied": copied}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    backbone, tied, out = (Path(word) for word in sys.argv[1:4])
-    rank = os.environ["RANK"]
-    folders = {"backbone": backbone, "tied": tied}
+def fails(on: tuple[int, ...]) -> str:
+    """A case that goes wrong on some processes, while the others wait for them."""
+    if dist.get_rank() in on:
+        raise ArithmeticError(f"process {dist.get_rank()} has failed")
+    dist.barrier()
+    return "has waited in vain"
 
-    def keep(name: str, job: Callable[[], Any]) -> None:
-        torch.save(job(), out / f"{name}-{rank}.pt")
 
+def cases(out: Path) -> dict[str, Any]:
+    """All cases by name, in the order in which they run; those that fail come first, so that all others come after them."""
+    backbone, start = out / "backbone", out / "one-1" / "last.ckpt"
+
+    def stopped_and_resumed() -> str:
+        half = saved_and_resumed("fsdp", backbone, out / "begun", 1)
+        return saved_and_resumed("fsdp", backbone, out / "begun", 3, resume=Path(half))
+
+    found = {"fails on one": partial(fails, (1,)), "fails on both": partial(fails, (0, 1)), "collectives": collectives}
     for kind in KINDS:
-        keep(f"train-{kind}", lambda kind=kind: runs.train(kind, backbone))  # type: ignore[misc]
-        keep(f"count-{kind}", lambda kind=kind: runs.count(kind, backbone))  # type: ignore[misc]
-        keep(f"generated-{kind}", lambda kind=kind: [tuple(answer) for answer in generated(kind, backbone)])  # type: ignore[misc]
-        two = saved_and_resumed(kind, backbone, out / f"{kind}-2", 2, resume=out / "one-1" / "last.ckpt")
-        assert two.parent.is_dir()
-    keep("collectives", collectives)
-    keep("window", lambda: window("ddp", backbone))
-    whole = saved_and_resumed("ddp", backbone, out / "whole", 3)
-    saved_and_resumed("fsdp", backbone, out / "begun", 1)
-    saved_and_resumed("fsdp", backbone, out / "begun", 3, resume=out / "begun" / "last.ckpt")
-    assert whole.exists()
-    for kind, strategy in STRATEGIES.items():
-        for name, (options, settings, folder) in VARIANTS.items():
-            keep(f"{name}-{kind}", lambda: brief(strategy(**options), folders[folder], **settings))  # noqa: B023
-    keep("broken", lambda: broken(backbone))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        found[f"train-{kind}"] = partial(runs.train, kind, backbone)
+        found[f"count-{kind}"] = partial(runs.count, kind, backbone)
+        found[f"generated-{kind}"] = partial(generated, kind, backbone)
+        found[f"resumed-{kind}"] = partial(saved_and_resumed, kind, backbone, out / f"{kind}-2", 2, resume=start)
+    found["window"] = partial(window, "ddp", backbone)
+    found["whole"] = partial(saved_and_resumed, "ddp", backbone, out / "whole", 3)
+    found["begun"] = stopped_and_resumed
+    found |= {f"{name}-{kind}": partial(variant, name, kind, out) for kind in STRATEGIES for name in VARIANTS}
+    found["broken"] = partial(broken, backbone)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    in_step.run_on_processes(2, cases(Path(sys.argv[1])), Path(sys.argv[1]))

@@ -7,23 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def adapted(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """Attach LoRA and give both factors seeded random values, as after some training."""
-    peft_model = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(7)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return peft_model
 
 
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -50,16 +40,14 @@ def split(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("size", [8, 4, 1, 3])
 def test_covariances_equal_those_of_stored_inputs_and_output_gradients(
-    make_tiny_llama: Callable[..., Any],
+    make_geometry: Callable[..., Any],
     random_batch: Callable[..., Any],
-    lora_config: Callable[..., Any],
     size: int,
     truth: Callable[..., Any],
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config(target_modules=ALL_LINEAR))
+    model, geometry = make_geometry(adapter={"target_modules": ALL_LINEAR})
     batch = random_batch(batch=8, length=12, pad=[0, 3, 5, 1, 0, 7, 2, 4], prompt=2)
     expected = truth(model, [batch])
-    geometry = RankSpaceGeometry(model, GeometryConfig())
     observe(geometry, model, split(batch, size))
     assert geometry.layers.keys() == expected.keys()
     for name, view in geometry.layers.items():
@@ -71,20 +59,18 @@ def test_covariances_equal_those_of_stored_inputs_and_output_gradients(
 
 
 def test_the_moving_average_forgets_and_the_running_mean_does_not(
-    make_tiny_llama: Callable[..., Any],
+    make_geometry: Callable[..., Any],
     random_batch: Callable[..., Any],
-    lora_config: Callable[..., Any],
     truth: Callable[..., Any],
 ) -> None:
     batches = [random_batch(batch=2, length=10, seed=seed) for seed in range(3)]
     found = {}
     for averaging in ("mean", "ema"):
-        model = adapted(make_tiny_llama(), lora_config())
-        geometry = RankSpaceGeometry(model, GeometryConfig(cov_averaging=averaging, ema_beta=0.5))
+        model, geometry = make_geometry(cov_averaging=averaging, ema_beta=0.5)
         for batch in batches:
             observe(geometry, model, [batch])
         found[averaging] = {name: view.a_cov for name, view in geometry.layers.items()}
-    singles = [truth(adapted(make_tiny_llama(), lora_config()), [batch]) for batch in batches]
+    singles = [truth(make_geometry()[0], [batch]) for batch in batches]
     for name in found["mean"]:
         c1, c2, c3 = (single[name][0] for single in singles)
         assert relative_error(found["mean"][name], (c1 + c2 + c3) / 3) < 1e-5
@@ -94,13 +80,11 @@ def test_the_moving_average_forgets_and_the_running_mean_does_not(
 
 @pytest.mark.parametrize("pairing", ["kfac", "swapped"])
 def test_step_solves_with_the_damped_factors(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any], pairing: str
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any], pairing: str
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
-    config = GeometryConfig(
+    model, geometry = make_geometry(
         kfac_update_freq=1, kfac_damping=1e-2, damping_mode="absolute", grafting=False, pairing=pairing
     )
-    geometry = RankSpaceGeometry(model, config)
     batch = random_batch(batch=8, length=12)
     tokens = (batch["labels"][:, 1:] != -100).sum()
     geometry.start_micro_batch(batch["attention_mask"], tokens)
@@ -121,16 +105,15 @@ def test_step_solves_with_the_damped_factors(
 
 
 def test_gradients_pass_unchanged_until_the_first_refresh_and_through_warm_up(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
     changed = {}
-    for label, config in {
-        "refresh": GeometryConfig(kfac_update_freq=2, kfac_min_samples=1),
-        "warmup": GeometryConfig(kfac_update_freq=1, ng_warmup_steps=1, kfac_min_samples=1),
-        "samples": GeometryConfig(kfac_update_freq=1, kfac_min_samples=30),
+    for label, settings in {
+        "refresh": {"kfac_update_freq": 2, "kfac_min_samples": 1},
+        "warmup": {"kfac_update_freq": 1, "ng_warmup_steps": 1, "kfac_min_samples": 1},
+        "samples": {"kfac_update_freq": 1, "kfac_min_samples": 30},
     }.items():
-        model = adapted(make_tiny_llama(), lora_config())
-        geometry = RankSpaceGeometry(model, config)
+        model, geometry = make_geometry(**settings)
         changed[label] = []
         for seed in range(2):
             batch = random_batch(batch=2, length=10, seed=seed)
@@ -144,14 +127,13 @@ def test_gradients_pass_unchanged_until_the_first_refresh_and_through_warm_up(
 
 
 def test_grafting_keeps_the_norm_of_every_factor_gradient(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
+    model, geometry = make_geometry(kfac_update_freq=1, kfac_min_samples=1, grafting=True)
     batch = random_batch()
     mean_loss(model, batch).backward()
     raw = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, grafting=True))
     observe(geometry, model, [batch])
     new = [p.grad for p in model.parameters() if p.requires_grad]
     for before, after in zip(raw, new, strict=True):
@@ -160,10 +142,9 @@ def test_grafting_keeps_the_norm_of_every_factor_gradient(
 
 
 def test_a_silent_layer_is_named_at_the_first_refresh(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=2))
+    model, geometry = make_geometry(kfac_update_freq=2)
     layer = next(iter(model.base_model.model.model.layers)).self_attn.v_proj
     layer.lora_A["default"].forward = lambda x: nn.functional.linear(x, layer.lora_A["default"].weight).detach()
     observe(geometry, model, [random_batch()])
@@ -171,11 +152,8 @@ def test_a_silent_layer_is_named_at_the_first_refresh(
         observe(geometry, model, [random_batch()])
 
 
-def test_evaluation_passes_leave_no_trace(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
-) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig())
+def test_evaluation_passes_leave_no_trace(make_geometry: Callable[..., Any], random_batch: Callable[..., Any]) -> None:
+    model, geometry = make_geometry()
     mean_loss(model, random_batch()).backward()
     with torch.no_grad():
         mean_loss(model, random_batch(seed=1))
@@ -185,14 +163,12 @@ def test_evaluation_passes_leave_no_trace(
 
 
 def test_a_non_finite_micro_batch_never_enters_the_estimate(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
-    clean = RankSpaceGeometry(model, GeometryConfig())
-    observe(clean, model, [random_batch()])
+    undisturbed, clean = make_geometry()
+    observe(clean, undisturbed, [random_batch()])
     expected = {name: view.g_cov for name, view in clean.layers.items()}
-    clean.detach()
-    geometry = RankSpaceGeometry(model, GeometryConfig())
+    model, geometry = make_geometry()
     good, bad = random_batch(), random_batch(seed=1)
     for batch, poison in ((bad, float("nan")), (good, 1.0), (bad, float("inf"))):
         tokens = (batch["labels"][:, 1:] != -100).sum()
@@ -207,31 +183,29 @@ def test_a_non_finite_micro_batch_never_enters_the_estimate(
 
 
 def test_state_survives_a_round_trip_and_refuses_another_adapter(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1))
+    model, geometry = make_geometry(kfac_update_freq=1, kfac_min_samples=1)
     observe(geometry, model, [random_batch()])
     state = geometry.state_dict()
-    twin = RankSpaceGeometry(adapted(make_tiny_llama(), lora_config()), geometry.config)
+    _, twin = make_geometry(kfac_update_freq=1, kfac_min_samples=1)
     twin.load_state_dict(state)
     for name, view in twin.layers.items():
         assert torch.equal(view.a_cov, geometry.layers[name].a_cov)
         assert view.n_samples == geometry.layers[name].n_samples
     assert torch.equal(twin.groups[0].derived.a_inverse, geometry.groups[0].derived.a_inverse)
-    other = RankSpaceGeometry(adapted(make_tiny_llama(), lora_config(r=8)), geometry.config)
+    _, other = make_geometry(adapter={"r": 8})
     with pytest.raises(ValueError, match="adapter configuration"):
         other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("mode", ["one_sided", "two_sided", "balanced"])
 def test_reprojection_at_full_rank_keeps_the_function(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any], mode: Any
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any], mode: Any
 ) -> None:
     from grit_lightning.functional import maps_rule
 
-    model = adapted(make_tiny_llama(), lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
+    model, geometry = make_geometry(kfac_min_samples=1)
     observe(geometry, model, [random_batch()])
     before = [site.up.weight @ site.down.weight for site in geometry.groups[0].sites]
     down = geometry.groups[0].sites[0].down.weight.clone()
@@ -245,16 +219,14 @@ def test_reprojection_at_full_rank_keeps_the_function(
 
 @pytest.mark.parametrize("mode", ["one_sided", "two_sided", "balanced"])
 def test_reprojection_projects_as_the_method_says_and_statistics_follow(
-    make_tiny_llama: Callable[..., Any],
+    make_geometry: Callable[..., Any],
     random_batch: Callable[..., Any],
-    lora_config: Callable[..., Any],
     mode: Any,
     truth: Callable[..., Any],
 ) -> None:
     from grit_lightning.functional import maps_rule
 
-    model = adapted(make_tiny_llama(), lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
+    model, geometry = make_geometry(kfac_min_samples=1)
     batch = random_batch(batch=4)
     observe(geometry, model, [batch])
     sites = geometry.groups[0].sites
@@ -311,13 +283,13 @@ def test_bad_settings_name_the_field(settings: dict[str, Any], message: str) -> 
 
 
 def test_conv1d_layers_of_gpt2_are_found_and_measured(
-    random_batch: Callable[..., Any], truth: Callable[..., Any]
+    random_batch: Callable[..., Any], randomize: Callable[..., Any], truth: Callable[..., Any]
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=320, n_positions=64))
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    model = adapted(gpt2.eval(), config)
+    model = randomize(get_peft_model(gpt2.eval(), config))
     batch = random_batch(batch=3, length=8)
     expected = truth(model, [batch])
     geometry = RankSpaceGeometry(model, GeometryConfig())
@@ -328,13 +300,13 @@ def test_conv1d_layers_of_gpt2_are_found_and_measured(
 
 
 def test_layers_of_different_rank_form_their_own_groups(
-    make_tiny_llama: Callable[..., Any],
+    make_geometry: Callable[..., Any],
     random_batch: Callable[..., Any],
-    lora_config: Callable[..., Any],
     truth: Callable[..., Any],
 ) -> None:
-    model = adapted(make_tiny_llama(), lora_config(rank_pattern={"layers.0.self_attn.q_proj": 2}))
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1))
+    model, geometry = make_geometry(
+        adapter={"rank_pattern": {"layers.0.self_attn.q_proj": 2}}, kfac_update_freq=1, kfac_min_samples=1
+    )
     batch = random_batch()
     expected = truth(model, [batch])
     observe(geometry, model, [batch])
@@ -344,13 +316,12 @@ def test_layers_of_different_rank_form_their_own_groups(
 
 
 def test_b_is_exactly_zero_beyond_the_rank_however_often_ranks_fall_and_rise(
-    make_tiny_llama: Callable[..., Any], random_batch: Callable[..., Any], lora_config: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
     """What `grit export` relies on: rounding of the maps must not leave anything behind."""
     from grit_lightning.functional import maps_rule
 
-    model = adapted(make_tiny_llama(), lora_config(r=8))
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_min_samples=1))
+    model, geometry = make_geometry(adapter={"r": 8}, kfac_min_samples=1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for seed, rank in enumerate((3, 4, 2, 5, 3)):
         for batch in (random_batch(seed=seed), random_batch(seed=seed + 10)):

@@ -7,19 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
-from grit_lightning import GeometryConfig, RankSpaceGeometry
-
-
-def build(make: Callable[..., Any], lora: Any) -> PeftModel:
-    torch.manual_seed(5)
-    model = get_peft_model(make(), lora)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = 0.3 * torch.randn(p.shape)
-    return model
+from grit_lightning import RankSpaceGeometry
 
 
 def backward(model: PeftModel, geometry: RankSpaceGeometry, batch: dict[str, Tensor], accumulate: int = 1) -> None:
@@ -37,15 +28,13 @@ def backward(model: PeftModel, geometry: RankSpaceGeometry, batch: dict[str, Ten
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_gradient_of_the_penalty_is_that_of_autograd(
-    make_tiny_llama: Callable[..., Any],
-    lora_config: Callable[..., Any],
+    make_geometry: Callable[..., Any],
     random_batch: Callable[..., Any],
     settings: dict[str, float],
     accumulate: int,
 ) -> None:
     batch = random_batch(batch=3, length=10, pad=[0, 4, 2])
-    model = build(make_tiny_llama, lora_config())
-    geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, **settings))
+    model, geometry = make_geometry(kfac_update_freq=1, kfac_min_samples=1, **settings)
     (group,) = geometry.groups
     group.ranks[:] = 2
     backward(model, geometry, batch)
@@ -78,16 +67,15 @@ def test_gradient_of_the_penalty_is_that_of_autograd(
 
 
 def test_statistics_do_not_see_the_penalty_and_off_costs_no_hook(
-    make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], random_batch: Callable[..., Any]
+    make_geometry: Callable[..., Any], random_batch: Callable[..., Any]
 ) -> None:
     """One adapted layer: with more, the penalty of a later layer is part of the loss that an earlier one sees."""
     batch = random_batch()
-    only = lora_config(target_modules=["q_proj"], layers_to_transform=[1])
+    only = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
     found = {}
     for weight in (0.0, 5.0):
-        model = build(make_tiny_llama, only)
-        config = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, curvature_penalty=weight, cov_averaging="mean")
-        geometry = RankSpaceGeometry(model, config)
+        settings = {"kfac_update_freq": 1, "kfac_min_samples": 1, "cov_averaging": "mean", "curvature_penalty": weight}
+        model, geometry = make_geometry(only, **settings)
         for _ in range(2):
             backward(model, geometry, batch)
             raw = geometry.groups[0].sites[0].down.weight.grad.clone()
@@ -99,13 +87,10 @@ def test_statistics_do_not_see_the_penalty_and_off_costs_no_hook(
     assert found[5.0][2] > 0.0
 
 
-def test_the_weights_warm_up(
-    make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], random_batch: Callable[..., Any]
-) -> None:
+def test_the_weights_warm_up(make_geometry: Callable[..., Any], random_batch: Callable[..., Any]) -> None:
     batch = random_batch()
-    model = build(make_tiny_llama, lora_config())
-    config = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, curvature_penalty=1.0, penalty_warmup_steps=4)
-    geometry = RankSpaceGeometry(model, config)
+    settings = {"kfac_update_freq": 1, "kfac_min_samples": 1, "curvature_penalty": 1.0, "penalty_warmup_steps": 4}
+    model, geometry = make_geometry(**settings)
     ratios = []
     for _ in range(5):
         backward(model, geometry, batch)

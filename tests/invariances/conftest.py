@@ -39,20 +39,6 @@ def assert_agrees() -> Callable[..., None]:
 
 
 @pytest.fixture
-def randomize() -> Callable[[nn.Module], nn.Module]:
-    """Gives both factors of every layer seeded random values, as after some training, so that B ≠ 0."""
-
-    def fill(model: nn.Module) -> nn.Module:
-        generator = torch.Generator().manual_seed(7)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        return model
-
-    return fill
-
-
-@pytest.fixture
 def make_module(
     make_tiny_llama: Callable[..., Any], lora_config: Callable[..., Any], randomize: Callable[..., Any]
 ) -> Callable[..., GritLitModule]:

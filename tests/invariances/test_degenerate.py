@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,20 +23,54 @@ EVERY_STEP = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, grafting=Fal
 
 def observe(geometry: RankSpaceGeometry, model: Any, batch: dict[str, Tensor]) -> None:
     """One micro-batch, without closing the window."""
-    geometry.start_micro_batch(batch["attention_mask"], (batch["labels"][:, 1:] != -100).sum())
+    geometry.start_micro_batch(batch["attention_mask"], learnt(batch))
     model(**batch).loss.backward()
     geometry.finish_micro_batch()
 
 
+def learnt(batch: dict[str, Tensor]) -> Tensor:
+    """Number of label tokens."""
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+class Heard:
+    """What reaches the rank-space hooks of every layer, in float64, one entry a micro-batch: an independent pair of hooks."""
+
+    def __init__(self, geometry: RankSpaceGeometry) -> None:
+        sites = [site for group in geometry.groups for site in group.sites]
+        self.pairs: dict[str, list[list[Tensor]]] = {site.name: [] for site in sites}
+        for site in sites:
+            site.down.register_forward_hook(partial(self._on_forward, self.pairs[site.name]))
+
+    def _on_forward(self, pairs: list[list[Tensor]], module: Any, args: Any, output: Tensor) -> None:
+        pairs.append([output.detach().double()])
+        output.register_hook(lambda gradient, pair=pairs[-1]: pair.append(gradient.double()))
+
+    def finite(self, name: str) -> list[bool]:
+        """Whether a layer heard only finite numbers, by micro-batch."""
+        return [all(bool(part.isfinite().all()) for part in pair) for pair in self.pairs[name]]
+
+    def covariances(self, name: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, int]:
+        """Means over the real tokens of the finite micro-batches of a aᵀ and g gᵀ, and the number of those tokens."""
+        a, g = [], []
+        for batch, pair, finite in zip(batches, self.pairs[name], self.finite(name), strict=True):
+            if finite:
+                real = batch["attention_mask"].bool()
+                a.append(pair[0][real])
+                g.append(pair[1][real] * float(learnt(batch)))  # of the sum of token losses, not of their mean
+        a_rows, g_rows = torch.cat(a), torch.cat(g)
+        return a_rows.T @ a_rows / len(a_rows), g_rows.T @ g_rows / len(g_rows), len(a_rows)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["activation", "gradient"])
-def test_a_broken_micro_batch_is_left_out_of_the_layer_that_it_breaks(
-    poison: float, where: str, make_module: Any, random_batch: Any, truth: Any
+@pytest.mark.parametrize(
+    ("where", "attention"), [("gradient", "eager"), ("activation", "eager"), ("activation", "sdpa")]
+)
+def test_a_broken_micro_batch_is_left_out_of_the_layers_that_hear_it_and_counts_in_the_others(
+    poison: float, where: str, attention: str, make_geometry: Any, random_batch: Any
 ) -> None:
-    model = make_module(geometry=None).peft_model
-    good, bad = random_batch(batch=2, length=12, pad=[0, 3]), random_batch(batch=2, length=12, seed=1)
-    expected, of_both = truth(model, [good]), truth(model, [good, bad])
-    geometry = RankSpaceGeometry(model, GeometryConfig())
+    model, geometry = make_geometry(llama={"attn_implementation": attention})
+    bad, good = random_batch(batch=2, length=12, seed=1), random_batch(batch=2, length=12, pad=[0, 3])
     first = geometry.groups[0].sites[0]  # a query projection of the lowest layer: no other layer is below it
 
     def spoil(tensor: Tensor) -> Tensor:
@@ -47,23 +82,32 @@ def test_a_broken_micro_batch_is_left_out_of_the_layer_that_it_breaks(
         output.register_hook(spoil)
 
     def spoil_activation(module: Any, args: Any, output: Tensor) -> Tensor:
-        return output + (spoil(torch.zeros_like(output)) if where == "activation" else 0.0)
+        return spoil(output)
 
     change = spoil_gradient if where == "gradient" else spoil_activation
-    handle = first.down.register_forward_hook(change, prepend=True)  # before the geometry's own hook
+    handle = first.down.register_forward_hook(change, prepend=True)  # before the hooks of the geometry and of `Heard`
+    heard = Heard(geometry)
     observe(geometry, model, bad)
     handle.remove()
     observe(geometry, model, good)
     geometry.step()
-    touched = [name for name, view in geometry.layers.items() if view.counters["rejected"]]
-    assert first.name in touched
-    assert touched == [first.name] if where == "gradient" else len(touched) == len(geometry.layers)
-    assert geometry.counters["rejected"] == len(touched)
+
+    broken = [name for name in geometry.layers if heard.finite(name) != [True, True]]
+    assert all(heard.finite(name) == [False, True] for name in broken)
+    if where == "gradient":
+        assert broken == [first.name]
+    elif attention == "eager":
+        assert broken == list(geometry.layers)
+    else:  # torch's CPU kernel of 2.14 gives finite outputs for broken queries, that of 2.13 does not: who hears is its choice
+        assert first.name in broken
+    assert [name for name, view in geometry.layers.items() if view.counters["rejected"]] == broken
+    assert geometry.counters["rejected"] == len(broken)
     for name, view in geometry.layers.items():
-        a_cov, g_cov = expected[name] if name in touched else of_both[name]
-        torch.testing.assert_close(view.a_cov.double(), a_cov, rtol=1e-3, atol=1e-5 * float(a_cov.abs().max()))
-        torch.testing.assert_close(view.g_cov.double(), g_cov, rtol=1e-3, atol=1e-4 * float(g_cov.abs().max()))
-        assert view.n_samples == (21 if name in touched else 45)
+        a_cov, g_cov, tokens = heard.covariances(name, [bad, good])
+        assert tokens == view.n_samples == (21 if name in broken else 45)
+        assert bool(view.a_cov.isfinite().all() and view.g_cov.isfinite().all())
+        torch.testing.assert_close(view.a_cov.double(), a_cov, rtol=1e-4, atol=1e-6 * float(a_cov.abs().max()))
+        torch.testing.assert_close(view.g_cov.double(), g_cov, rtol=1e-4, atol=1e-6 * float(g_cov.abs().max()))
 
 
 def test_a_factor_that_is_not_positive_definite_climbs_the_ladder(
@@ -84,14 +128,13 @@ def test_a_factor_that_is_not_positive_definite_climbs_the_ladder(
 
 @pytest.mark.parametrize("grafting", [False, True])
 def test_a_gradient_that_overflows_falls_back_to_the_raw_one_in_its_layer_only(
-    grafting: bool, make_module: Any, random_batch: Any
+    grafting: bool, make_geometry: Any, random_batch: Any
 ) -> None:
-    model = make_module(geometry=None).peft_model
+    model, geometry = make_geometry(**asdict(replace(EVERY_STEP, grafting=grafting)))
     batch = random_batch()
     model(**batch).loss.backward()
     raw = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
-    geometry = RankSpaceGeometry(model, replace(EVERY_STEP, grafting=grafting))
     refresh = geometry.refresh
 
     def refresh_badly() -> None:
