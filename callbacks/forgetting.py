@@ -286,7 +286,7 @@ class ForgettingProbe(ScheduledCallback):
         given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if isinstance(given, PreTrainedTokenizerBase):
             return given
-        backbone = getattr(pl_module, "loading", {}).get("source")
+        backbone = getattr(pl_module, "backbone_options", {}).get("source")
         if not isinstance(backbone, str):
             raise MisconfigurationException(
                 "ForgettingProbe needs a tokenizer, but neither the data module nor the backbone names one. Set "

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from grit_lightning.evaluation.generated_answers import Record
+from grit_lightning.distributed.collectives import gather_objects
+from grit_lightning.evaluation.generated_answers import AnsweredRow
 from grit_lightning.evaluation.generation import Stage
 from grit_lightning.runs.values import jsonable, write_atomically
 
@@ -32,7 +32,7 @@ class GenerationWriter(Callback):
         """Remember the folder."""
         super().__init__()
         self.folder = folder
-        self._records: list[Record] = []
+        self._records: list[AnsweredRow] = []
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
@@ -84,10 +84,6 @@ class GenerationWriter(Callback):
         write_atomically(Path(folder) / f"generations-{stage}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def _gathered(records: list[Record]) -> list[Record]:
-    """The records of all processes, on rank zero; a collective."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return records
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, records)
-    return [record for part in parts for record in part]
+def _gathered(rows: list[AnsweredRow]) -> list[AnsweredRow]:
+    """Return the rows of all processes; a collective."""
+    return [row for part in gather_objects(rows) for row in part]

@@ -6,6 +6,7 @@ Without a process group, or alone in one, every function leaves its arguments as
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,3 +97,12 @@ def copy_from_first_process(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(flat, 0)
         for tensor, value in zip(members, flat.split([tensor.numel() for tensor in members]), strict=True):
             tensor.copy_(value.view_as(tensor))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank, on every process; a collective. They are pickled on their way."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values

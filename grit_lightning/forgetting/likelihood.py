@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import pad
-from grit_lightning.evaluation.choices import IGNORED
 
 
 class TokenSequence(NamedTuple):
