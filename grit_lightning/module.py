@@ -321,7 +321,7 @@ class GritLitModule(pl.LightningModule):
         """Generate answers where the settings ask for them, and log their scores."""
         first, rank, ranks = batch_idx == 0, self.global_rank, self.trainer.world_size
         rows = self.answer_evaluations.answer(key, self.peft_model, batch, first=first, rank=rank, ranks=ranks)
-        self.answer_evaluations.log_scores(key, self.log)
+        self.answer_evaluations.log_scores(key, self.log, "answer_evaluations")
         return rows
 
     def _key(self, stage: str, dataloader_idx: int) -> str:

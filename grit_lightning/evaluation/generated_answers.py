@@ -78,19 +78,23 @@ class AnswerEvaluations(nn.ModuleDict):
         task = key.partition("/")[2]
         return [{"task": task, **row} if task else row for row in rows]
 
-    def log_scores(self, key: str, log: Callable[..., None]) -> None:
+    def log_scores(self, key: str, log: Callable[..., None], attribute: str) -> None:
         """Log the scores of the answers under a key so far, but for those of a prediction.
 
         Args:
             key: As for `answer`.
             log: The module's `log`.
+            attribute: Name under which the module holds this object. Lightning would find the metrics by itself, but not
+                again after an evaluation that has failed.
         """
         if key not in self or key.partition("/")[0] == "predict":
             return
         evaluation = self[key]
         assert isinstance(evaluation, AnswerEvaluation)
-        for name, metric in evaluation.named_scores():
-            log(f"{key}/{name}", metric, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1, "add_dataloader_idx": False}
+        for path, metric in evaluation.named_metrics():
+            name = path.rpartition(".")[2]
+            log(f"{key}/{name}", metric, metric_attribute=f"{attribute}.{key}.{path}", **options)
 
 
 class AnswerEvaluation(nn.Module):
@@ -158,11 +162,11 @@ class AnswerEvaluation(nn.Module):
         kept = [answer for answer, counts in zip(answers, counted.tolist(), strict=True) if counts]
         return self._scored(kept, rows[counted].tolist())
 
-    def named_scores(self) -> Iterator[tuple[str, Metric]]:
-        """Yield what to log: the name of each score, and its metric."""
-        for path, metric in self.named_modules():
-            if isinstance(metric, Metric):
-                yield path.rpartition(".")[2], metric
+    def named_metrics(self) -> Iterator[tuple[str, Metric]]:
+        """Yield the metrics by their paths below this module; a path ends in the name to log under."""
+        for path, module in self.named_modules():
+            if isinstance(module, Metric):
+                yield path, module
 
     def _answers(self, model: PeftModel, batch: Mapping[str, Tensor], seed: int) -> list[AnsweredRow]:
         """Return `prompt`, `output` and `finished` of each row."""
