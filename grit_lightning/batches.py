@@ -1,6 +1,6 @@
 """What a batch is: which tokens are real, which are learnt, where documents and answers begin.
 
-A batch is a dict of `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`; its other keys are told in `GritLitModule`.
+A batch is a dict of `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`; see `GritLitModule` for its other keys.
 
 Shapes: B rows, T tokens, P tokens of the longest prompt. Padding may be on either side.
 """
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Number the real tokens of each row, so that left padding does not shift them.
+    """Count the real tokens before each token of its row, so that left padding does not shift them.
 
     Args:
         attention_mask: `[B, T]`, 1 for real tokens.
@@ -81,7 +81,7 @@ def model_inputs(
 
 
 def counted_rows(batch: Mapping[str, Tensor]) -> Tensor:
-    """Tell which rows of an evaluation batch count, bool `[B]`: all but those whose `row` is −1, which fill it up."""
+    """Return which rows of an evaluation batch count, bool `[B]`: all but those whose `row` is −1, which fill it up."""
     return batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
 
 
