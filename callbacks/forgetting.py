@@ -13,14 +13,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grit_lightning.backbones.inputs import context_length, require_context
 from grit_lightning.backbones.loading import load_tokenizer
 from grit_lightning.callbacks.base import ScheduledCallback
 from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.forgetting.change import mean_change
+from grit_lightning.forgetting.held_out import HeldOutSet, TextBlocks
 from grit_lightning.forgetting.likelihood import log_likelihoods
-from grit_lightning.forgetting.probe import Probe, TextProbe
 from grit_lightning.forgetting.text import TextData
-from grit_lightning.forgetting.undisturbed import adapter_off, undisturbed
+from grit_lightning.forgetting.without_trace import adapter_off, evaluating_without_trace
 from grit_lightning.forgetting.zero_shot import ZeroShotTask
 
 FILENAME = "forgetting.jsonl"
@@ -28,7 +29,7 @@ BACKBONE_TOLERANCE = 1e-3
 """Nats per token by which the loss without adapter may move: kernels of another machine, after a resume, round otherwise."""
 
 Scores = dict[str, Tensor]
-"""Log-likelihoods of the sequences of each probe, by its name."""
+"""Log-likelihoods of the sequences of each held-out set, by its name."""
 
 
 class ForgettingProbe(ScheduledCallback):
@@ -99,7 +100,7 @@ class ForgettingProbe(ScheduledCallback):
         self.batch_size = batch_size
         self.confidence = confidence
         self.tokenizer = tokenizer
-        self._probes: list[Probe] = []
+        self._sets: list[HeldOutSet] = []
         self._fingerprints: dict[str, str] = {}
         self._before: Scores = {}
         self._after: Scores = {}
@@ -123,10 +124,10 @@ class ForgettingProbe(ScheduledCallback):
         dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
         tokenizer = self._tokenizer(trainer, pl_module)
         blocks = min(self.batch_size, self.max_blocks or self.batch_size) if dev_run else self.max_blocks
-        texts = [text.probe(tokenizer, self.block_size, blocks) for text in self.texts]
-        questions = [task.probe(tokenizer, self.batch_size if dev_run else None) for task in self.zero_shot]
-        self._probes = [*texts, *questions]
-        self._fingerprints = {probe.name: probe.fingerprint for probe in self._probes}
+        texts = [text.read(tokenizer, self.block_size, blocks) for text in self.texts]
+        questions = [task.read(tokenizer, self.batch_size if dev_run else None) for task in self.zero_shot]
+        self._sets = [*texts, *questions]
+        self._fingerprints = {held_out.name: held_out.fingerprint for held_out in self._sets}
         self._skips_state = dev_run  # its blocks are not those of a checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,15 +137,11 @@ class ForgettingProbe(ScheduledCallback):
             MisconfigurationException: If the module has no PEFT model, so that there is no adapter to switch off.
             ValueError: If blocks are longer than the model's context.
         """
-        context = getattr(_peft_model(pl_module).config, "max_position_embeddings", None)
-        if context is None:
-            return
-        if self.texts and self.block_size > context:
-            raise ValueError(
-                f"ForgettingProbe.block_size of {self.block_size} tokens does not fit the model's context of {context}. Set "
-                f"block_size to at most {context}."
-            )
-        self._probes = [probe.within(context) for probe in self._probes]
+        model = _peft_model(pl_module)
+        if self.texts:
+            require_context(model, self.block_size, "a block of text", "ForgettingProbe.block_size")
+        if (context := context_length(model)) is not None:
+            self._sets = [held_out.within(context) for held_out in self._sets]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure what there is to be forgotten; a resumed run has done that."""
@@ -153,7 +150,7 @@ class ForgettingProbe(ScheduledCallback):
         if trainer.global_step == 0:
             self._before = self._measure(trainer, pl_module, "before")
             self._backbone = (self._measure(trainer, pl_module, "before", without_adapter=True), {})
-        elif self._probes and not self._before:
+        elif self._sets and not self._before:
             rank_zero_warn(
                 f"ForgettingProbe: training goes on from step {trainer.global_step}, and the checkpoint holds no measurement "
                 "from before it. There will be no change to report; the backbone without adapter is measured all the same."
@@ -171,14 +168,14 @@ class ForgettingProbe(ScheduledCallback):
         self._after = self._measure(trainer, pl_module, "after")
         end = self._measure(trainer, pl_module, "after", without_adapter=True)
         self._backbone = (self._backbone[0], end)
-        for probe in self._probes:
-            row = self._row(probe, "loss") if isinstance(probe, TextProbe) else {}
+        for held_out in self._sets:
+            row = self._row(held_out, "loss") if isinstance(held_out, TextBlocks) else {}
             start, now = row.get("adapter_off_before"), row.get("adapter_off_after")
             if start is not None and now is not None and not abs(now - start) <= BACKBONE_TOLERANCE:
                 rank_zero_warn(
-                    f"ForgettingProbe: without its adapter the model's loss on {probe.name} went from {start:.4f} to {now:.4f} "
-                    "nats per token, but nothing outside the adapter should have been trained. Look for trained biases "
-                    "(adapter.bias), or for other code that changes the backbone."
+                    f"ForgettingProbe: without its adapter the model's loss on {held_out.name} went from {start:.4f} to "
+                    f"{now:.4f} nats per token, but nothing outside the adapter should have been trained. Look for trained "
+                    "biases (adapter.bias), or for other code that changes the backbone."
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,32 +210,32 @@ class ForgettingProbe(ScheduledCallback):
         if not self._before and not self._after:
             return {}
         rows = {
-            probe.name: {**probe.size, **{metric: self._row(probe, metric) for metric in probe.metrics}}
-            for probe in self._probes
+            held_out.name: {**held_out.size, **{metric: self._row(held_out, metric) for metric in held_out.metrics}}
+            for held_out in self._sets
         }
         return {"forgetting": rows}
 
-    def _row(self, probe: Probe, metric: str) -> dict[str, Any]:
+    def _row(self, held_out: HeldOutSet, metric: str) -> dict[str, Any]:
         """`before`, `after`, `delta`, its `interval`, and for texts `adapter_off_before` and `_after`; None if missing."""
-        before, after = self._before.get(probe.name), self._after.get(probe.name)
-        row: dict[str, Any] = {"before": _mean(probe, metric, before), "after": _mean(probe, metric, after)}
+        before, after = self._before.get(held_out.name), self._after.get(held_out.name)
+        row: dict[str, Any] = {"before": _mean(held_out, metric, before), "after": _mean(held_out, metric, after)}
         row |= {"delta": None, "interval": None, "confidence": self.confidence}
         if before is not None and after is not None:
-            values = probe.values(before)[metric], probe.values(after)[metric]
-            row["delta"], row["interval"] = mean_change(*values, probe.weights, self.confidence)
-        if isinstance(probe, TextProbe):
+            values = held_out.values(before)[metric], held_out.values(after)[metric]
+            row["delta"], row["interval"] = mean_change(*values, held_out.weights, self.confidence)
+        if isinstance(held_out, TextBlocks):
             for when, scores in zip(("before", "after"), self._backbone, strict=True):
-                row[f"adapter_off_{when}"] = _mean(probe, metric, scores.get(probe.name))
+                row[f"adapter_off_{when}"] = _mean(held_out, metric, scores.get(held_out.name))
         return row
 
     def _metrics(self, scores: Scores) -> dict[str, float]:
         """Means for the loggers, and their changes where there is a value before."""
         logged = {}
-        for probe in self._probes:
-            for metric in probe.metrics:
-                key = f"forgetting/{probe.name}/{metric}"
-                logged[key] = now = _mean(probe, metric, scores.get(probe.name))
-                if (start := _mean(probe, metric, self._before.get(probe.name))) is not None and now is not None:
+        for held_out in self._sets:
+            for metric in held_out.metrics:
+                key = f"forgetting/{held_out.name}/{metric}"
+                logged[key] = now = _mean(held_out, metric, scores.get(held_out.name))
+                if (start := _mean(held_out, metric, self._before.get(held_out.name))) is not None and now is not None:
                     logged[f"{key}_delta"] = now - start
         return {key: value for key, value in logged.items() if value is not None}
 
@@ -247,29 +244,29 @@ class ForgettingProbe(ScheduledCallback):
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str, *, without_adapter: bool = False
     ) -> Scores:
-        """Score every probe on all processes (texts only without adapter), log and write down; returns float64 on the CPU."""
-        probes = [probe for probe in self._probes if isinstance(probe, TextProbe) or not without_adapter]
-        if not probes:
+        """Score every set on all processes (texts only without adapter), log and write down; return float64 on the CPU."""
+        sets = [held_out for held_out in self._sets if isinstance(held_out, TextBlocks) or not without_adapter]
+        if not sets:
             return {}
         model: Any = trainer.strategy.model  # as the strategy has wrapped it
         switch = adapter_off(_peft_model(pl_module)) if without_adapter else nullcontext()
         scores = {}
-        with undisturbed(model, pl_module.device), switch, trainer.precision_plugin.forward_context():
-            for probe in probes:
+        with evaluating_without_trace(model, pl_module.device), switch, trainer.precision_plugin.forward_context():
+            for held_out in sets:
                 own = log_likelihoods(
                     lambda batch: model(batch, with_loss=False, trim=True).logits,
-                    probe.sequences,
+                    held_out.sequences,
                     self.batch_size,
                     pl_module.device,
                     rank=trainer.global_rank,
                     world_size=trainer.world_size,
                 )
-                scores[probe.name] = trainer.strategy.reduce(own, reduce_op="sum").cpu().double()
-        self._publish(trainer, probes, scores, when, without_adapter)
+                scores[held_out.name] = trainer.strategy.reduce(own, reduce_op="sum").cpu().double()
+        self._publish(trainer, sets, scores, when, without_adapter)
         return scores
 
     def _publish(
-        self, trainer: pl.Trainer, probes: Sequence[Probe], scores: Scores, when: str, without_adapter: bool
+        self, trainer: pl.Trainer, sets: Sequence[HeldOutSet], scores: Scores, when: str, without_adapter: bool
     ) -> None:
         metrics = self._metrics(scores)
         if without_adapter:
@@ -278,7 +275,7 @@ class ForgettingProbe(ScheduledCallback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
         head = {"step": trainer.global_step, "when": when, "adapter": not without_adapter}
-        self._log_events(_lines(head, probes, scores))
+        self._log_events(_lines(head, sets, scores))
 
     def _tokenizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
@@ -286,7 +283,7 @@ class ForgettingProbe(ScheduledCallback):
         given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if isinstance(given, PreTrainedTokenizerBase):
             return given
-        backbone = getattr(pl_module, "loading", {}).get("source")
+        backbone = getattr(pl_module, "backbone_options", {}).get("source")
         if not isinstance(backbone, str):
             raise MisconfigurationException(
                 "ForgettingProbe needs a tokenizer, but neither the data module nor the backbone names one. Set "
@@ -305,11 +302,11 @@ def _peft_model(pl_module: pl.LightningModule) -> PeftModel:
     return model
 
 
-def _mean(probe: Probe, metric: str, scores: Tensor | None) -> float | None:
-    return None if scores is None else float(probe.values(scores)[metric].sum() / probe.weights.sum())
+def _mean(held_out: HeldOutSet, metric: str, scores: Tensor | None) -> float | None:
+    return None if scores is None else float(held_out.values(scores)[metric].sum() / held_out.weights.sum())
 
 
-def _lines(head: Mapping[str, Any], probes: Iterable[Probe], scores: Scores) -> Iterable[dict[str, Any]]:
-    for probe in probes:
-        for index, line in enumerate(probe.describe(scores[probe.name])):
-            yield {**head, "data": probe.name, probe.unit: index, **line}
+def _lines(head: Mapping[str, Any], sets: Iterable[HeldOutSet], scores: Scores) -> Iterable[dict[str, Any]]:
+    for held_out in sets:
+        for index, line in enumerate(held_out.describe(scores[held_out.name])):
+            yield {**head, "data": held_out.name, held_out.unit: index, **line}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from grit_lightning.evaluation.generated_answers import Record
+from grit_lightning.distributed.collectives import gather_objects
+from grit_lightning.evaluation.generated_answers import AnsweredRow
 from grit_lightning.evaluation.generation import Stage
 from grit_lightning.runs.atomic import write_text
 from grit_lightning.runs.values import to_json
@@ -33,7 +33,7 @@ class GenerationWriter(Callback):
         """Remember the folder."""
         super().__init__()
         self.folder = folder
-        self._rows: list[Record] = []
+        self._rows: list[AnsweredRow] = []
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
@@ -81,10 +81,6 @@ class GenerationWriter(Callback):
         write_text(Path(folder) / f"generations-{stage}.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
 
-def _gathered(rows: list[Record]) -> list[Record]:
+def _gathered(rows: list[AnsweredRow]) -> list[AnsweredRow]:
     """Return the rows of all processes; a collective."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    return [row for part in gather_objects(rows) for row in part]

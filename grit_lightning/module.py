@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,24 +13,29 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, get_peft_config
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MetricCollection
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from grit_lightning.accumulation_window import AccumulationWindow
 from grit_lightning.backbones.fingerprint import backbone_fingerprint
+from grit_lightning.backbones.inputs import accepted_arguments, require_context, require_packing
 from grit_lightning.backbones.loading import attach_adapter, load_backbone
-from grit_lightning.batches import Batch, label_token_count, learnt_labels, packed_positions, trimmed_labels
-from grit_lightning.checkpoints.adapter_state import AdapterState, plain
-from grit_lightning.distributed.collectives import process_count, sum_over_processes
+from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_count, learnt_labels, model_inputs
+from grit_lightning.checkpoints.packing import CheckpointPacker
+from grit_lightning.checkpoints.plain_values import to_plain_values
+from grit_lightning.checkpoints.trained_parameters import load_trained_state, trained_parameters, trained_state
+from grit_lightning.distributed.collectives import sum_over_processes
 from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
-from grit_lightning.evaluation.choices import IGNORED, choice_scores, position_ids
-from grit_lightning.evaluation.generated_answers import GenerationSteps, Record
+from grit_lightning.evaluation.choices import choice_scores
+from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
+from grit_lightning.evaluation.datamodule_protocols import HasMaxLength, HasTasks, evaluation_key
+from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluations
 from grit_lightning.evaluation.generation import GenerationSettings
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
 
 
-class GritLitModule(AdapterState, GenerationSteps):
+class GritLitModule(pl.LightningModule):
     """Fine-tunes a causal language model through a PEFT adapter whose gradients are preconditioned in rank space.
 
     A batch is a dict of `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64, with −100 in `labels` where
@@ -82,14 +86,14 @@ class GritLitModule(AdapterState, GenerationSteps):
         """Remember the recipe; nothing is loaded before `configure_model`."""
         super().__init__()
         if not 0.0 <= warmup_fraction <= 1.0:
-            raise ValueError(f"warmup_fraction must lie in [0, 1], got {warmup_fraction}.")
+            raise ValueError(f"Expected model.warmup_fraction in [0, 1], got {warmup_fraction}.")
         self.adapter_config = get_peft_config(dict(adapter)) if isinstance(adapter, Mapping) else adapter
         self.geometry_config = GeometryConfig(**geometry) if isinstance(geometry, Mapping) else geometry
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.warmup_fraction = warmup_fraction
-        self.loading: dict[str, Any] = {  # a dict, so that an instance does not become a submodule a second time
-            "source": backbone,
+        self.backbone_options: dict[str, Any] = {
+            "source": backbone,  # in a dict, so that an instance does not become a submodule a second time
             "dtype": dtype,
             "quantization": quantization,
             "gradient_checkpointing": gradient_checkpointing,
@@ -98,24 +102,21 @@ class GritLitModule(AdapterState, GenerationSteps):
         }
         self.model: PeftModel | None = None
         self.geometry: RankSpaceGeometry | None = None
-        self.metrics = torch.nn.ModuleDict()
-        self.generation = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
-        self.generators = torch.nn.ModuleDict()
-        self._window_micro_batches = 0
-        self._window_losses: list[Tensor] = []
-        self._model_arguments: frozenset[str] = frozenset()
-        self._fingerprint: dict[str, Any] = {}
-        self._resumed: dict[str, Any] | None = None
+        self.metrics = ClosedAnswerMetrics()
+        settings = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
+        self.answer_evaluations = AnswerEvaluations(settings)
+        self.window = AccumulationWindow()
+        self._accepted: frozenset[str] = frozenset()
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
     def _plain_hyperparameters(self) -> dict[str, Any]:
-        """Constructor arguments as plain values, so that checkpoints load with weights_only=True."""
-        options = dict(self.loading)
+        """Return constructor arguments as plain values, so that checkpoints load with weights_only=True."""
+        options = dict(self.backbone_options)
         source = options.pop("source")
         return {
             "backbone": source.config._name_or_path if isinstance(source, PreTrainedModel) else str(source),
-            "adapter": plain(self.adapter_config.to_dict()),
+            "adapter": to_plain_values(self.adapter_config.to_dict()),
             "geometry": None if self.geometry_config is None else self.geometry_config.to_dict(),
         } | options
 
@@ -131,31 +132,28 @@ class GritLitModule(AdapterState, GenerationSteps):
             return
         strategy = None if self._trainer is None else self.trainer.strategy
         sharding = strategy if isinstance(strategy, WholeAdapterStrategy) else None
-        backbone = (load_backbone if sharding is None else sharding.load_backbone)(**self.loading)
+        backbone = (load_backbone if sharding is None else sharding.load_backbone)(**self.backbone_options)
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
         model = attach_adapter(backbone, self.adapter_config)
         if sharding is not None:
             fingerprint = sharding.share_adapter(model, fingerprint)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
-        self._model_arguments = frozenset(inspect.signature(model.get_base_model().forward).parameters)
-        self.model, self.geometry, self._fingerprint = model, geometry, fingerprint
+        adapter = to_plain_values(self.adapter_config.to_dict())
+        self.packer = CheckpointPacker(fingerprint, adapter, geometry, self.window)
+        self._accepted = accepted_arguments(model)
+        self.model, self.geometry = model, geometry
 
     def setup(self, stage: str) -> None:
         """Check the strategy; ask the data module for its task's metrics, and for what generated answers are scored by.
 
         Raises:
-            MisconfigurationException: If the strategy would split the adapter.
+            MisconfigurationException: If the strategy would split the adapter, or answers are to be generated and the data
+                module has no references for them.
+            OSError: If the encoder of BERTScore cannot be read.
         """
         require_supported(self.trainer.strategy)
-        super().setup(stage)
-        source = getattr(getattr(self.trainer, "datamodule", None), "metrics", None)
-        for prefix in ("val", "test"):
-            given = source() if source is not None else None
-            tasks = given if isinstance(given, dict) else {"": given}  # a mixture has one collection a task
-            for name, collection in tasks.items():
-                key = f"{prefix}/{name}".rstrip("/")
-                if collection is not None and key not in self.metrics:
-                    self.metrics[key] = collection.clone(prefix=f"{key}/")
+        self.metrics.set_up(self._datamodule)
+        self.answer_evaluations.set_up(stage, self._datamodule, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the injected optimizer over the adapter, and its schedule."""
@@ -192,7 +190,9 @@ class GritLitModule(AdapterState, GenerationSteps):
                         f"{type(optimizer).__name__} with fused=True un-scales fp16 gradients inside its own step, after "
                         "preconditioning. Set fused=False, or train with precision bf16-mixed."
                     )
-        self._check_context(getattr(getattr(self.trainer, "datamodule", None), "max_length", 0) or 0)
+        if isinstance(self._datamodule, HasMaxLength):
+            length = self._datamodule.max_length or 0
+            require_context(self.peft_model, length, "the data module's longest sequence", "data.max_length")
         if self.geometry is not None:
             self.geometry.to(self.device)
 
@@ -220,26 +220,13 @@ class GritLitModule(AdapterState, GenerationSteps):
         Returns:
             transformers' output with `logits` `[B, T', V]`, T' ≤ T the last positions of the batch, and `loss`.
         """
-        self._check_context(batch["input_ids"].shape[1])
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if self._accepts("position_ids"):
-            inputs["position_ids"] = position_ids(batch["attention_mask"])
+        require_context(self.peft_model, batch["input_ids"].shape[1], "a sequence", "data.max_length")
         if "position_ids" in batch:
-            self._check_packing(len(batch["input_ids"]))
-            # transformers keeps documents apart where positions do not go up by one, but only without a mask: padding gets
-            # a position that nothing can follow.
-            inputs["position_ids"] = packed_positions(batch)
-            del inputs["attention_mask"]
-        labels = learnt_labels(batch)
-        if trim and self._accepts("logits_to_keep"):
-            labels = trimmed_labels(labels)
-            inputs["logits_to_keep"] = labels.shape[1]
-        if with_loss:
-            inputs["labels"] = labels
-        return self.peft_model(**inputs, use_cache=False)
+            require_packing(self.peft_model, len(batch["input_ids"]))
+        return self.peft_model(**model_inputs(batch, self._accepted, with_loss=with_loss, trim=trim), use_cache=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the label tokens, 0 where there are none; tells the geometry how to undo that mean.
+        """Return the mean cross-entropy over the label tokens, 0 without any, and tell the geometry how to undo that mean.
 
         Several processes average their gradients, so that a micro-batch counts the same on whichever process it is.
         """
@@ -256,12 +243,12 @@ class GritLitModule(AdapterState, GenerationSteps):
         loss: Tensor = self(batch, trim=self.trim_logits).loss
         learns = label_tokens > 0
         loss = torch.where(learns, loss, torch.zeros_like(loss))  # the mean of nothing is NaN, its gradient 0
-        self._window_losses.append(torch.stack([loss.detach().float(), learns.float()]))
+        self.window.add_loss(loss, learns)
         return loss
 
     def on_after_backward(self) -> None:
         """Close the micro-batch."""
-        self._window_micro_batches += 1
+        self.window.finish_micro_batch()
         if self.geometry is not None:
             self.geometry.finish_micro_batch()
 
@@ -273,13 +260,10 @@ class GritLitModule(AdapterState, GenerationSteps):
             FloatingPointError: If the loss or gradient of the window was not finite; weights are still those of the last step.
             ValueError: If no micro-batch of the window had a label token.
         """
-        losses, self._window_losses = self._window_losses, []
-        micro_batches, self._window_micro_batches = self._window_micro_batches, 0
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if micro_batches < self.trainer.accumulate_grad_batches:  # an epoch's last window; Lightning divided by all
-            torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches / micro_batches)
-        finite = self._check_window(torch.stack(losses), gradients)
-        self._log_loss(torch.stack(losses).sum(0))
+        size, step = self.trainer.accumulate_grad_batches, self.trainer.global_step
+        loss_sums, finite = self.window.close(gradients, size, step=step, scaled=self._scaler is not None)
+        self._log_loss(loss_sums)
         if self.geometry is None:
             return
         if not finite:
@@ -292,27 +276,6 @@ class GritLitModule(AdapterState, GenerationSteps):
         if self.geometry is not None:
             self.geometry.reduce()
 
-    def _check_window(self, losses: Tensor, gradients: list[Tensor]) -> bool:
-        """Return whether the gradients are finite; raise as `on_before_optimizer_step` says, alike on every process.
-
-        Losses `[M, 2]` are this process's own: of each micro-batch, and whether it had labels. Gradients are everybody's.
-        """
-        norm = torch.stack(torch._foreach_norm(gradients)).float().norm()
-        (loss, learnt), length = losses.sum(0).tolist(), float(norm)
-        step, others = self.trainer.global_step, " of all processes" if process_count() > 1 else ""
-        if not math.isfinite(loss) or not (math.isfinite(length) or self._scaler is not None):
-            what = "loss" if not math.isfinite(loss) else f"gradient{others} is not finite, the loss"
-            raise FloatingPointError(
-                f"The training {what} is {losses[:, 0].tolist()} at optimizer step {step}. Nothing of this step was applied. "
-                "Lower the learning rate, set trainer.gradient_clip_val, or use bfloat16 instead of float16."
-            )
-        if learnt == 0 and length == 0.0:
-            raise ValueError(
-                f"None of the {len(losses)} micro-batches of optimizer step {step} has a label token, so there is nothing to "
-                "learn. Look at the labels (−100 where nothing is learnt), or raise data.max_length if answers were cut off."
-            )
-        return math.isfinite(length)
-
     def _log_loss(self, sums: Tensor) -> None:
         """Log the window's mean loss over its micro-batches with labels, of all processes at the steps that loggers see."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside the Trainer's __init__
@@ -320,82 +283,84 @@ class GritLitModule(AdapterState, GenerationSteps):
             sum_over_processes([sums])
         self.log("train/loss", sums[0] / sums[1].clamp(min=1), prog_bar=True, batch_size=1)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Record]]:
-        """Loss, for closed answers the task's classification metrics, and generated answers if `generation` says so.
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[AnsweredRow]]:
+        """Log the loss, for closed answers the task's classification metrics, and scores of generated answers.
 
-        Of a mixture of tasks those of the loader's task.
+        In a mixture of tasks, each loader's results are logged under its task's name.
 
         Returns:
-            `generations`: the records of the answers that were generated.
+            `generations`: the rows to which answers were generated.
         """
-        return self._evaluate(batch, batch_idx, self._prefix("val", dataloader_idx))
+        return self._evaluate(batch, batch_idx, self._key("val", dataloader_idx))
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[Record]]:
-        """Same as validation, under `test/`."""
-        return self._evaluate(batch, batch_idx, self._prefix("test", dataloader_idx))
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[AnsweredRow]]:
+        """Do the same as in validation, under `test/`."""
+        return self._evaluate(batch, batch_idx, self._key("test", dataloader_idx))
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[Record]:
-        """Records of generated answers; without `generation` the log-likelihood `[B, C]` of each closed answer, or logits."""
-        prefix = self._prefix("predict", dataloader_idx)
-        if prefix in self.generators:
-            return self.generate_records(self.peft_model, batch, batch_idx, prefix)
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[AnsweredRow]:
+        """Return answered rows; without `generation` the log-likelihood `[B, C]` of each closed answer, or logits."""
+        key = self._key("predict", dataloader_idx)
+        if key in self.answer_evaluations:
+            return self._answered(batch, batch_idx, key)
         logits: Tensor = self(batch, with_loss=False).logits
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
 
-    def _prefix(self, stage: str, dataloader_idx: int) -> str:
-        """The stage, and behind it the task's name where the data are a mixture of tasks, each with its loader."""
-        tasks = list(getattr(getattr(self.trainer, "datamodule", None), "tasks", ()))
-        return f"{stage}/{tasks[dataloader_idx]}" if tasks else stage
-
-    def _evaluate(self, batch: Batch, batch_idx: int, prefix: str) -> dict[str, list[Record]]:
-        counted = batch["row"] >= 0 if "row" in batch else torch.ones_like(batch["labels"][:, 0], dtype=torch.bool)
-        learnt = {**batch, "labels": batch["labels"].masked_fill(~counted[:, None], IGNORED)}
-        output = self(learnt, trim=True)  # rows that do not count go along: with sharded weights all processes must run
+    def _evaluate(self, batch: Batch, batch_idx: int, key: str) -> dict[str, list[AnsweredRow]]:
+        # Rows that do not count go along: with sharded weights all processes must run.
+        learnt = {**batch, "labels": batch["labels"].masked_fill(~counted_rows(batch)[:, None], IGNORED)}
+        output = self(learnt, trim=True)
         # The epoch's loss is the mean over label tokens. A float: Lightning truncates the mean over processes of an integer.
         weight: Any = float(label_token_count(learnt_labels(learnt)))
         loss = output.loss if weight else torch.zeros_like(output.loss)  # a mean over nothing is NaN, also times zero
-        self.log(
-            f"{prefix}/loss",
-            loss,
-            batch_size=weight,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
-        if "choice_ids" in batch and prefix in self.metrics:
-            metrics = self.metrics[prefix]
-            assert isinstance(metrics, MetricCollection)
-            predicted = choice_scores(self.peft_model, batch, output.logits).argmax(-1)
-            if counted.any():
-                metrics.update(predicted[counted], batch["target"][counted])
-            count = len(batch["target"])
-            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=count, add_dataloader_idx=False)
-        return {"generations": self.generate_records(self.peft_model, batch, batch_idx, prefix)}
+        options: dict[str, Any] = {"on_epoch": True, "prog_bar": True, "sync_dist": True, "add_dataloader_idx": False}
+        self.log(f"{key}/loss", loss, batch_size=weight, **options)
+        self.metrics.count(key, self.peft_model, batch, output.logits, self.log_dict)
+        return {"generations": self._answered(batch, batch_idx, key)}
 
-    def _accepts(self, argument: str) -> bool:
-        return argument in self._model_arguments
+    def _answered(self, batch: Batch, batch_idx: int, key: str) -> list[AnsweredRow]:
+        """Generate answers where the settings ask for them, and log their scores."""
+        first, rank, ranks = batch_idx == 0, self.global_rank, self.trainer.world_size
+        rows = self.answer_evaluations.answer(key, self.peft_model, batch, first=first, rank=rank, ranks=ranks)
+        self.answer_evaluations.log_scores(key, self.log, "answer_evaluations")
+        return rows
 
-    def _check_context(self, length: int) -> None:
-        context = getattr(self.peft_model.config, "max_position_embeddings", None)
-        if context is not None and length > context:
-            raise ValueError(
-                f"A sequence of {length} tokens does not fit the model's context of {context}. "
-                f"Set data.max_length to at most {context}."
-            )
+    def _key(self, stage: str, dataloader_idx: int) -> str:
+        """Return what a loader's results are logged under; in a mixture each task has its loader."""
+        if not isinstance(self._datamodule, HasTasks):
+            return stage
+        return evaluation_key(stage, list(self._datamodule.tasks)[dataloader_idx])
 
-    def _check_packing(self, rows: int) -> None:
-        if not self._accepts("position_ids"):
-            raise ValueError(
-                f"The batch has position_ids, but {type(self.peft_model.get_base_model()).__name__} takes none, so that packed "
-                "documents would attend to each other. Put one document in a row, without position_ids."
-            )
-        kernel = getattr(self.peft_model.config, "_attn_implementation", None) or ""
-        if "flash" in kernel and rows > 1:
-            raise ValueError(
-                f"{kernel} keeps packed documents apart only in batches of one row, this one has {rows}. Set the batch size "
-                "to 1 and accumulate, or set attn_implementation to sdpa."
-            )
+    # Checkpoints: the trained parameters as the state, and the packer's entry.
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
+        """Return the trained parameters, see `trained_state`."""
+        return trained_state(self, prefix, keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the trained parameters, see `load_trained_state`."""
+        load_trained_state(self, state_dict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the next step depends on beside Lightning's own; a collective."""
+        self.packer.pack(checkpoint, trained_parameters(self), self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits this model, and only then restore the geometry.
+
+        Raises:
+            ValueError: If the checkpoint is not one of this class, of another format version, backbone or adapter.
+        """
+        self.packer.unpack(checkpoint, trained_parameters(self))
+
+    def on_train_start(self) -> None:
+        """On resume, put random numbers and an unfinished window back; nothing draws from here to the first batch."""
+        if self.trainer.ckpt_path is not None:  # a module from `load_from_checkpoint` is trained anew
+            self.packer.resume(trained_parameters(self), self.device, self.global_rank)
+
+    @property
+    def _datamodule(self) -> object:
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # set outside the Trainer's __init__
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:

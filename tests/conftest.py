@@ -77,7 +77,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_llama() -> Callable[..., LlamaForCausalLM]:
     """A factory: every call gives a fresh float32 Llama with the same weights; keywords override its LlamaConfig."""
     return _tiny_llama
@@ -104,7 +104,7 @@ def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lora_config() -> Callable[..., LoraConfig]:
     """A factory of a LoRA on q_proj and v_proj, rank 4, alpha 8, no dropout; keywords override."""
 

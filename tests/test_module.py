@@ -321,7 +321,7 @@ def test_a_micro_batch_without_label_tokens_counts_as_one_without_a_gradient(
 def test_a_sequence_longer_than_the_context_is_refused(
     make_module: Callable[..., Any], random_batch: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"129 tokens does not fit the model's context of 128"):
+    with pytest.raises(ValueError, match=r"at most 128 tokens, .* got 129 for a sequence\. Lower data\.max_length"):
         fit(make_module(), [random_batch(length=129)], tmp_path)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grit_lightning.evaluation.choices import IGNORED
+from grit_lightning.batches import IGNORED
 
 
 def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import pad
 from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
-from grit_lightning.evaluation.choices import IGNORED
 
 Status = Literal["whole", "truncated", "too_long", "invalid"]
 """How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""

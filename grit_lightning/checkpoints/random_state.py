@@ -8,17 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-
-
-def random_states(device: torch.device) -> list[dict[str, Any]]:
-    """Return `random_state` of every process, by rank; a collective."""
-    here = random_state(device)
-    if not (dist.is_available() and dist.is_initialized()):
-        return [here]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, here)
-    return states
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

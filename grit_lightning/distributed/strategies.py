@@ -43,10 +43,11 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from grit_lightning.backbones.loading import empty_backbone, load_backbone
-from grit_lightning.checkpoints.adapter_state import SUPPORTED
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process
 from grit_lightning.distributed.sharding import materialize, shard_in_units
 
+SUPPORTED = ("ddp", "grit_fsdp", "grit_fsdp2")
+"""Strategies for several processes, by their registered names."""
 TIMEOUT = timedelta(minutes=15)
 """How long a process waits for the others before it gives up; loading a large backbone has to fit."""
 

@@ -24,8 +24,8 @@ class BertScorer:
         device: Where it runs.
 
     Raises:
-        OSError: The encoder cannot be had.
-        ValueError: It has fewer layers.
+        OSError: If the encoder cannot be read.
+        ValueError: If it has fewer layers.
     """
 
     def __init__(self, encoder: str, layer: int, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class BertScorer:
         except (OSError, ValueError) as error:
             folder = os.path.basename(encoder.rstrip("/"))
             raise OSError(
-                f"BERTScore's encoder {encoder!r} is neither a folder here nor could it be had from the hub: "
+                f"BERTScore's encoder {encoder!r} is no folder here, and the hub did not give it: "
                 f"{str(error).strip().splitlines()[0]} Where there is a network, run\n"
                 f"    hf download {encoder} --local-dir {folder}\n"
                 "copy the folder here and set model.generation.bertscore_encoder to it, or set it to null to leave "
@@ -45,8 +45,8 @@ class BertScorer:
         layers = self._model.config.num_hidden_layers
         if layer > layers:
             raise ValueError(
-                f"bertscore_layer={layer}, but BERTScore's encoder {encoder!r} has {layers} layers. Set "
-                f"model.generation.bertscore_layer to at most {layers}."
+                f"Expected model.generation.bertscore_layer of at most {layers}, the number of layers of BERTScore's encoder "
+                f"{encoder!r}, got {layer}."
             )
         self._model.requires_grad_(False).eval()
         self._layer = layer
@@ -54,7 +54,7 @@ class BertScorer:
         self._max_length = min(MAX_LENGTH, self._tokenizer.model_max_length)
 
     def __call__(self, outputs: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-        """Scores rows.
+        """Score rows.
 
         Args:
             outputs: B texts.
@@ -68,7 +68,7 @@ class BertScorer:
     def _pair(self, output: str, reference: str) -> dict[str, float]:
         # One pair at a time: torchmetrics (1.9) sorts outputs and references by length and restores their order with the
         # wrong permutation, so that of three or more texts some are compared with another row's reference.
-        with isolate_rng():  # its data loader draws a seed that nobody uses
+        with isolate_rng():  # its data loader draws a seed, which it does not need
             scores: Any = bert_score(
                 [output],
                 [reference],

@@ -5,45 +5,21 @@ Shapes: B rows, T tokens, V vocabulary, C choices, K tokens of the longest choic
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, F1Score, Precision, Recall
 
-IGNORED = -100
-"""Label of a token that is not learnt, and padding of the choices: the value that torch's cross-entropy skips."""
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions of tokens among the real tokens of their row, so that left padding does not shift them.
-
-    Args:
-        attention_mask: [B, T], 1 for real tokens.
-
-    Returns:
-        int64 [B, T]; 0 on leading padding.
-
-    Example:
-        >>> position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
-        [[0, 0, 0, 1], [0, 1, 2, 2]]
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def accepts_position_ids(model: nn.Module) -> bool:
-    """Whether a model, or the base of a PEFT model, takes `position_ids` (models with ALiBi do not)."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "position_ids" in inspect.signature(base.forward).parameters
+from grit_lightning.backbones.inputs import accepted_arguments
+from grit_lightning.batches import IGNORED, answer_start, left_padded_prompts, position_ids
 
 
 @torch.no_grad()
 def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-    """Scores every answer choice of every row.
+    """Score every answer choice of every row.
 
     Choices of one token are read off the logits that the loss was computed from, at the position before the first
     label. Longer ones each take a forward pass over prompt and choice, and their log-likelihood is divided by their
@@ -51,21 +27,24 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
 
     Args:
         model: Causal language model; if K > 1 called with input_ids, attention_mask and position_ids if it takes them.
-        batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] and `choice_ids` int64 [B, C, K], padded with -100.
-        logits: [B, T', V], the model's output for the last T' ≤ T positions of this batch.
+        batch: `input_ids`, `attention_mask`, `labels` int64 `[B, T]` and `choice_ids` int64 `[B, C, K]`, padded with −100.
+        logits: `[B, T', V]`, the model's output for the last T' ≤ T positions of this batch.
 
     Returns:
-        float32 [B, C]: log-likelihood per token; -inf for a choice without tokens. The prediction is the argmax.
+        float32 `[B, C]`: log-likelihood per token; −∞ for a choice without tokens. The prediction is the argmax.
 
     Raises:
-        ValueError: A row has no label, or its first token is one: there is no prompt to answer.
+        ValueError: If a row has no label, or its first token is one, so that there is no prompt to answer.
     """
     choice_ids = batch["choice_ids"]
-    learnt = batch["labels"] != IGNORED
-    start = learnt.int().argmax(-1)  # [B], the first label; the answer begins there
+    start = answer_start(batch["labels"])
     rows = torch.arange(len(start), device=start.device)
-    if not (learnt.any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)).all():
-        raise ValueError("Choices are scored after a prompt: every row needs one, and labels behind it.")
+    answerable = (batch["labels"] != IGNORED).any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)
+    if not answerable.all():
+        raise ValueError(
+            "Expected a prompt and labels behind it in every row, to score closed answers after the prompt, got "
+            f"{int((~answerable).sum())} of {len(rows)} rows without. Look at the data, or raise data.max_length."
+        )
     if choice_ids.shape[-1] == 1:
         skipped = batch["labels"].shape[1] - logits.shape[1]
         log_probabilities = logits[rows, start - 1 - skipped].float().log_softmax(-1)[:, None, None]
@@ -75,9 +54,9 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
 
 
 def classification_metrics(classes: int) -> MetricCollection:
-    """Accuracy, precision, recall and F1 under the keys accuracy, precision, recall, f1.
+    """Make accuracy, precision, recall and F1, under the keys accuracy, precision, recall, f1.
 
-    Update with predicted classes int64 [B] and targets int64 [B]. Of two classes, class 1 is the positive one; with
+    Update with predicted classes int64 `[B]` and targets int64 `[B]`. Of two classes, class 1 is the positive one; with
     more, precision, recall and F1 are macro averages and accuracy counts rows.
 
     Args:
@@ -96,25 +75,8 @@ def classification_metrics(classes: int) -> MetricCollection:
     )
 
 
-def left_padded_prompts(input_ids: Tensor, attention_mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves prompts to the right end of their rows, whatever the padding of the batch.
-
-    Args:
-        input_ids: int64 [B, T].
-        attention_mask: [B, T].
-        start: int64 [B], the column behind each prompt's last token.
-
-    Returns:
-        Prompts [B, P] and their mask, all ending in the last column.
-    """
-    longest = int(start.max())
-    columns = start[:, None] - longest + torch.arange(longest, device=start.device)
-    inside = columns.clamp(min=0)
-    return input_ids.gather(1, inside), attention_mask.gather(1, inside) * (columns >= 0)
-
-
 def _per_token(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
-    """Mean log-probability [...] of tokens [..., K] under [..., K, V]; ids of -100 do not count."""
+    """Average the log-probability `[...]` of tokens `[..., K]` under `[..., K, V]`; ids of −100 do not count."""
     real = token_ids != IGNORED
     picked = log_probabilities.gather(-1, token_ids.clamp(min=0)[..., None]).squeeze(-1)
     mean = picked.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)
@@ -122,12 +84,12 @@ def _per_token(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def _continuation_scores(model: nn.Module, prompts: Tensor, mask: Tensor, choice: Tensor) -> Tensor:
-    """Log-likelihood per token [B] of a choice [B, K] after left-padded prompts [B, P]."""
+    """Return the log-likelihood per token `[B]` of a choice `[B, K]` after left-padded prompts `[B, P]`."""
     inputs = {
         "input_ids": torch.cat([prompts, choice.clamp(min=0)], dim=1),
         "attention_mask": torch.cat([mask, (choice != IGNORED).to(mask)], dim=1),
     }
-    if accepts_position_ids(model):
+    if "position_ids" in accepted_arguments(model):
         inputs["position_ids"] = position_ids(inputs["attention_mask"])
     logits = model(**inputs).logits
     return _per_token(logits[:, prompts.shape[1] - 1 : -1].float().log_softmax(-1), choice)

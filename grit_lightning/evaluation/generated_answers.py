@@ -1,93 +1,104 @@
-"""Evaluation by generated answers: which rows, against which references, and a record of every one."""
+"""Evaluation by generated answers: which rows are asked, what the model answers, and how the answers are scored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-import datasets
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.evaluation.choices import IGNORED, left_padded_prompts
-from grit_lightning.evaluation.generation import GenerationSettings, Stage, check_context, generate_answers
+from grit_lightning.batches import answer_start, left_padded_prompts
+from grit_lightning.evaluation.datamodule_protocols import GenerativeTask, evaluation_key, tasks_of
+from grit_lightning.evaluation.generation import (
+    GenerationSettings,
+    Stage,
+    generate_answers,
+    require_room_for_answers,
+)
 from grit_lightning.evaluation.text_metrics import Score, TextMetric, text_metrics
 
-Record = dict[str, Score]
+AnsweredRow = dict[str, Score]
 """One row: its number `row`, `prompt`, `output`, `reference`, `finished` (0 or 1: cut off), and its scores."""
 
 
-@runtime_checkable
-class GenerativeTask(Protocol):
-    """What a data module needs for evaluation by generated answers; every `TaskDataModule` has it.
+class AnswerEvaluations(nn.ModuleDict):
+    """The evaluations by generated answers of a module: by stage, and in a mixture by stage and task (`test/boolq`).
 
-    Attributes:
-        tokenizer: Turns tokens into texts.
-        choices: Closed answers in class order; empty for free answers.
-        text_metrics: What answers are scored by, see `text_metrics.text_metrics`.
+    A `ModuleDict`, since Lightning finds the metrics that it logs among the parts of its module.
+
+    Args:
+        settings: How answers are generated, and at which stages; None generates none.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    choices: Sequence[str]
-    text_metrics: Sequence[str]
+    def __init__(self, settings: GenerationSettings | None) -> None:
+        """Start without any evaluation."""
+        super().__init__()
+        self.settings = settings
 
-    def examples(self, split: Literal["train", "validation", "test"]) -> datasets.Dataset:
-        """Columns `reference`, `target` and `prompt_length` of a split, in the rows that a batch's `row` counts."""
-
-
-class GenerationSteps(LightningModule):
-    """The generating side of the module. Subclasses set the attributes that are declared here."""
-
-    generation: GenerationSettings | None
-    generators: nn.ModuleDict
-
-    def setup(self, stage: str) -> None:
-        """Ask the data module, or each task of a mixture, for references and metrics.
-
-        Raises:
-            MisconfigurationException: If it does not tell them.
-            OSError: The encoder of BERTScore cannot be had.
-        """
-        kind: Stage = "val" if stage in ("fit", "validate") else "predict" if stage == "predict" else "test"
-        if self.generation is None or kind not in self.generation.stages:
-            return
-        data, device = getattr(self.trainer, "datamodule", None), self.trainer.strategy.root_device
-        for name, task in (getattr(data, "tasks", None) or {"": data}).items():
-            evaluation = GenerationEvaluation(self.generation, task, kind, device)
-            self.generators[f"{kind}/{name}".rstrip("/")] = evaluation
-
-    def generate_records(
-        self, model: PeftModel, batch: Mapping[str, Tensor], batch_idx: int, prefix: str
-    ) -> list[Record]:
-        """Generates answers and logs their scores.
+    def set_up(self, stage: str, datamodule: object, device: torch.device) -> None:
+        """Prepare the evaluation of a stage, one for each task of a mixture, where the settings ask for it.
 
         Args:
-            model: The model.
-            batch: As for `GenerationEvaluation`.
-            batch_idx: Number of the batch in its loader.
-            prefix: `val`, `test` or `predict`, for a mixture with `/<task>`; scores are logged under it.
+            stage: The Trainer's: `fit`, `validate`, `test` or `predict`.
+            datamodule: Where prompts, references and metrics come from.
+            device: Where the encoder of BERTScore runs.
+
+        Raises:
+            MisconfigurationException: If the data module has no references or metrics.
+            OSError: If the encoder of BERTScore cannot be read.
+        """
+        kind: Stage = "val" if stage in ("fit", "validate") else "predict" if stage == "predict" else "test"
+        if self.settings is None or kind not in self.settings.stages:
+            return
+        for name, task in tasks_of(datamodule).items():
+            self[evaluation_key(kind, name)] = AnswerEvaluation(self.settings, task, kind, device)
+
+    def answer(
+        self, key: str, model: PeftModel, batch: Mapping[str, Tensor], *, first: bool, rank: int, ranks: int
+    ) -> list[AnsweredRow]:
+        """Generate answers to a batch and score them.
+
+        Args:
+            key: `val`, `test` or `predict`, in a mixture with `/<task>`.
+            model: As for `AnswerEvaluation`, as are the other arguments.
+            batch: `input_ids`, `attention_mask`, `labels` int64 `[B, T]` and `row` int64 `[B]`.
+            first: Whether this is the first batch of the split.
+            rank: This process.
+            ranks: Number of processes.
 
         Returns:
-            A record a row that counts, of a mixture with its `task`; none if nothing is to be generated at this stage.
+            The rows that count, in a mixture each with its `task`; none if nothing is to be generated under this key.
         """
-        if prefix not in self.generators:
+        if key not in self:
             return []
-        evaluation = self.generators[prefix]
-        records = evaluation(model, batch, batch_idx == 0, self.global_rank, self.trainer.world_size)
-        stage, _, task = prefix.partition("/")
-        for name, path, metric in evaluation.named_results() if stage != "predict" else ():  # type: ignore[operator]
-            attribute = f"generators.{prefix}.{path}"
-            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1, "add_dataloader_idx": False}
-            self.log(f"{prefix}/{name}", metric, metric_attribute=attribute, **options)
-        return [{"task": task, **record} if task else record for record in records]
+        rows: list[AnsweredRow] = self[key](model, batch, first, rank, ranks)
+        task = key.partition("/")[2]
+        return [{"task": task, **row} if task else row for row in rows]
+
+    def log_scores(self, key: str, log: Callable[..., None], attribute: str) -> None:
+        """Log the scores of the answers under a key so far, but for those of a prediction.
+
+        Args:
+            key: As for `answer`.
+            log: The module's `log`.
+            attribute: Name under which the module holds this object. Lightning would find the metrics by itself, but not
+                again after an evaluation that has failed.
+        """
+        if key not in self or key.partition("/")[0] == "predict":
+            return
+        evaluation = self[key]
+        assert isinstance(evaluation, AnswerEvaluation)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1, "add_dataloader_idx": False}
+        for path, metric in evaluation.named_metrics():
+            name = path.rpartition(".")[2]
+            log(f"{key}/{name}", metric, metric_attribute=f"{attribute}.{key}.{path}", **options)
 
 
-class GenerationEvaluation(nn.Module):
+class AnswerEvaluation(nn.Module):
     """Generates answers to the prompts of a split and scores them.
 
     Args:
@@ -97,17 +108,17 @@ class GenerationEvaluation(nn.Module):
         device: Where the encoder of BERTScore runs.
 
     Raises:
-        MisconfigurationException: If the data module does not tell references and metrics.
-        OSError: The encoder of BERTScore cannot be had.
-        ValueError: The data module names an unknown metric.
+        MisconfigurationException: If the data module has no references or metrics.
+        OSError: If the encoder of BERTScore cannot be read.
+        ValueError: If the data module names an unknown metric.
     """
 
-    def __init__(self, settings: GenerationSettings, task: Any, stage: Stage, device: torch.device) -> None:
+    def __init__(self, settings: GenerationSettings, task: object, stage: Stage, device: torch.device) -> None:
         """Find references and metrics."""
         super().__init__()
         if not isinstance(task, GenerativeTask):
             raise MisconfigurationException(
-                f"Generated answers are scored by what the data module tells: expected one with tokenizer, choices, "
+                "Generated answers are scored by what the data module knows of them: expected one with tokenizer, choices, "
                 f"text_metrics and examples(split), as TaskDataModule has them, got {type(task).__name__}. Use such a data "
                 "module, or set model.generation to null."
             )
@@ -119,28 +130,28 @@ class GenerationEvaluation(nn.Module):
 
     def forward(
         self, model: PeftModel, batch: Mapping[str, Tensor], first: bool, rank: int, ranks: int
-    ) -> list[Record]:
-        """Generates, scores and counts.
+    ) -> list[AnsweredRow]:
+        """Generate answers, score them, and count the scores in.
 
-        Every process generates for as many rows as the others, so that sharded weights are together everywhere; rows that
-        only fill up a batch are then forgotten.
+        Every process generates for as many rows as the others, since sharded weights are gathered on all processes at once;
+        rows that only fill up a batch are then forgotten.
 
         Args:
             model: The model.
-            batch: `input_ids`, `attention_mask`, `labels` int64 [B, T] and `row` int64 [B].
+            batch: `input_ids`, `attention_mask`, `labels` int64 `[B, T]` and `row` int64 `[B]`.
             first: Whether this is the first batch of the split.
             rank: This process.
             ranks: Number of processes.
 
         Returns:
-            A record a row, for the rows of the batch that count and are within `max_rows`.
+            The rows of the batch that count and are within `max_rows`.
 
         Raises:
-            ValueError: A prompt and its answer do not fit the model's context.
+            ValueError: If a prompt and its answer do not fit the model's context.
         """
         if first:
             self._seen = 0
-            check_context(model, max(self.examples["prompt_length"][:]), self.settings.max_new_tokens)
+            require_room_for_answers(model, max(self.examples["prompt_length"][:]), self.settings.max_new_tokens)
         size, limit, seen = len(batch["row"]), self.settings.max_rows, self._seen
         self._seen += size
         left = size if limit is None else min(size, max(0, -(-limit // ranks) - seen))
@@ -149,20 +160,20 @@ class GenerationEvaluation(nn.Module):
         counted = (rows >= 0) & (positions < (limit or torch.inf))
         asked = {name: batch[name][:left] for name in ("input_ids", "attention_mask", "labels")}
         answers = self._answers(model, asked, self.settings.seed + seen * ranks + rank)
-        records = [record for record, counts in zip(answers, counted.tolist(), strict=True) if counts]
-        return self._scored(records, rows[counted].tolist())
+        kept = [answer for answer, counts in zip(answers, counted.tolist(), strict=True) if counts]
+        return self._scored(kept, rows[counted].tolist())
 
-    def named_results(self) -> Iterator[tuple[str, str, Metric]]:
-        """Yield what to log: the name of the score, the path of its metric below this module, and the metric."""
-        for path, metric in self.named_modules():
-            if isinstance(metric, Metric):
-                yield path.rpartition(".")[2], path, metric
+    def named_metrics(self) -> Iterator[tuple[str, Metric]]:
+        """Yield the metrics by their paths below this module; a path ends in the name to log under."""
+        for path, module in self.named_modules():
+            if isinstance(module, Metric):
+                yield path, module
 
-    def _answers(self, model: PeftModel, batch: Mapping[str, Tensor], seed: int) -> list[Record]:
-        """Prompt, output and whether it came to its end, a row."""
+    def _answers(self, model: PeftModel, batch: Mapping[str, Tensor], seed: int) -> list[AnsweredRow]:
+        """Return `prompt`, `output` and `finished` of each row."""
         if not len(batch["labels"]):
             return []
-        start = (batch["labels"] != IGNORED).int().argmax(-1)
+        start = answer_start(batch["labels"])
         prompts, mask = left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
         answers = generate_answers(model, self.tokenizer, prompts, mask, self.settings, seed)
         texts = [self.tokenizer.decode(ids[real.bool()]) for ids, real in zip(prompts, mask, strict=True)]
@@ -171,15 +182,15 @@ class GenerationEvaluation(nn.Module):
             for prompt, answer in zip(texts, answers, strict=True)
         ]
 
-    def _scored(self, records: list[Record], rows: list[int]) -> list[Record]:
-        """Add number, reference and scores."""
+    def _scored(self, answers: list[AnsweredRow], rows: list[int]) -> list[AnsweredRow]:
+        """Add number, reference and scores to each row."""
         examples = self.examples.select_columns(["reference", "target"]).select(rows)
-        outputs, references = [str(record["output"]) for record in records], list(examples["reference"])
+        outputs, references = [str(answer["output"]) for answer in answers], list(examples["reference"])
         scorers = [scorer for scorer in self.scorers.values() if isinstance(scorer, TextMetric)]
         scores = [scorer.score(outputs, references, list(examples["target"])) for scorer in scorers]
-        result: list[Record] = []
-        for index, (row, record, reference) in enumerate(zip(rows, records, references, strict=True)):
-            result.append({"row": row, **record, "reference": reference})
+        answered: list[AnsweredRow] = []
+        for index, (row, answer, reference) in enumerate(zip(rows, answers, references, strict=True)):
+            answered.append({"row": row, **answer, "reference": reference})
             for by_row in scores:
-                result[-1] |= by_row[index]
-        return result
+                answered[-1] |= by_row[index]
+        return answered

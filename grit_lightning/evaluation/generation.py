@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from grit_lightning.backbones.inputs import require_context
+
 Stage = Literal["val", "test", "predict"]
 
 
@@ -91,26 +93,29 @@ def generate_answers(
     settings: GenerationSettings,
     seed: int | None = None,
 ) -> list[Answer]:
-    """Continues prompts. Training mode, caches and random numbers are afterwards as they were.
+    """Continue prompts. Training mode, caches and random numbers are afterwards as they were.
 
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer; one without a padding token will do.
-        prompts: int64 [B, P], padded on the left with any token.
-        mask: [B, P], 1 for real tokens.
-        settings: How.
+        prompts: int64 `[B, P]`, padded on the left with any token.
+        mask: `[B, P]`, 1 for real tokens.
+        settings: How answers are generated.
         seed: Of the draws, instead of `settings.seed`.
 
     Returns:
         B answers.
 
     Raises:
-        ValueError: A prompt is empty, or leaves no room for `max_new_tokens` in the model's context; or the tokenizer has
-            no token that ends a text.
+        ValueError: If a prompt is empty, or leaves no room for `max_new_tokens` in the model's context; or if the tokenizer
+            has no token that ends a text.
     """
-    check_context(model, int(mask.sum(-1).max()), settings.max_new_tokens)
+    require_room_for_answers(model, int(mask.sum(-1).max()), settings.max_new_tokens)
     if not bool(mask.any(-1).all()):
-        raise ValueError("A prompt without tokens cannot be continued: its template or its columns are empty.")
+        raise ValueError(
+            "Expected at least one token in every prompt, got a prompt without any: the template (data.template) or the row's "
+            "columns are empty."
+        )
     ends = _end_ids(model, tokenizer)
     config = _decoding(settings, ends, tokenizer.pad_token_id)
     answers: list[Answer] = []
@@ -133,22 +138,18 @@ def generate_answers(
     return answers
 
 
-def check_context(model: PeftModel | PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
-    """Checks that a prompt and its answer fit the model.
+def require_room_for_answers(model: PeftModel | PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    """Check that a prompt and its answer fit the model's context.
 
     Raises:
-        ValueError: If not; names the settings to change.
+        ValueError: If they do not; names the settings to change.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and prompt_length + max_new_tokens > context:
-        raise ValueError(
-            f"A prompt of {prompt_length} tokens and generation.max_new_tokens={max_new_tokens} exceed the model's context of "
-            f"{context} tokens. Lower model.generation.max_new_tokens, or data.max_length."
-        )
+    what = f"a prompt of {prompt_length} tokens and an answer of up to {max_new_tokens}"
+    require_context(model, prompt_length + max_new_tokens, what, "model.generation.max_new_tokens or data.max_length")
 
 
 def _decoding(settings: GenerationSettings, ends: list[int], pad: int | None) -> GenerationConfig:
-    """Settings for transformers, also those that it would otherwise take from the model's own files."""
+    """Return settings for transformers, also those that it would otherwise take from the model's own files."""
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
     return GenerationConfig(
         **{"temperature": 1.0, "top_p": 1.0, **sampling},
@@ -167,14 +168,14 @@ def _decoding(settings: GenerationSettings, ends: list[int], pad: int | None) ->
 
 
 def _end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a text: the tokenizer's, and those of the model (chat models have several)."""
+    """Return the tokens that end a text: the tokenizer's, and those of the model (chat models have several)."""
     own = model.generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
     if not ends:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no eos_token, so that no answer would ever end. Set one, or set "
-            "`tokenizer` to one that has."
+            f"Expected a tokenizer with an eos_token, without which no answer would ever end, got {tokenizer.name_or_path!r}. "
+            "Set its eos_token, or set data.tokenizer to one that has it."
         )
     return ends
 
@@ -192,7 +193,7 @@ def _answer(
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: no dropout, and no gradient checkpointing, which would switch the cache off."""
+    """Keep the model in evaluation mode: no dropout, and no gradient checkpointing, which would switch the cache off."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -42,7 +42,7 @@ class TextMetric(nn.Module, ABC):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """Scores rows and counts them in, none at all included: processes update equally often.
+        """Score rows and count them in. Called for no rows at all too, since all processes must update equally often.
 
         Returns:
             A dict of scores a row.
@@ -69,7 +69,7 @@ class Rouge(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """See `TextMetric`; keys rouge1, rouge2, rougeL."""
+        """Score as in `TextMetric`; keys rouge1, rouge2, rougeL."""
         rows: list[dict[str, Score]] = []
         for output, reference in zip(outputs, references, strict=True):
             scores = rouge_score(output, reference, rouge_keys=ROUGE)
@@ -88,7 +88,7 @@ class Bleu(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """See `TextMetric`; no keys, BLEU belongs to a corpus."""
+        """Count as in `TextMetric`; no keys, since BLEU belongs to a corpus and not to a row."""
         self._count("bleu", outputs, [[reference] for reference in references])
         return [{} for _ in outputs]
 
@@ -100,7 +100,7 @@ class CorpusBLEU(SacreBLEUScore):
     """
 
     def compute(self) -> Tensor:
-        """BLEU, in [0, 1]."""
+        """Return BLEU, in [0, 1]."""
         correct, total = ([int(count) for count in counts.tolist()] for counts in (self.numerator, self.denominator))
         lengths = int(self.preds_len), int(self.target_len)
         score = BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp", max_ngram_order=MAX_NGRAM_ORDER).score
@@ -118,7 +118,7 @@ class BertScore(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """See `TextMetric`; keys bertscore_precision, bertscore_recall, bertscore_f1."""
+        """Score as in `TextMetric`; keys bertscore_precision, bertscore_recall, bertscore_f1."""
         rows: list[dict[str, Score]] = [
             {f"bertscore_{name}": value for name, value in scores.items()}
             for scores in self._scorer(outputs, references)
@@ -141,17 +141,17 @@ class FinalNumber(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """See `TextMetric`; also `final_answer`, what was taken from the output, None for nothing.
+        """Score as in `TextMetric`; also `final_answer`, what was taken from the output, None for nothing.
 
         Raises:
-            ValueError: A reference has no final answer.
+            ValueError: If a reference has no final answer.
         """
         rows: list[dict[str, Score]] = []
         for output, reference in zip(outputs, references, strict=True):
             expected, found, last = final_answer(reference), final_answer(output), last_number(output)
             if expected is None:
                 raise ValueError(
-                    f"Exact match needs a reference that ends in '#### <number>', got {reference[-60:]!r}. Correct the data, "
+                    f"Expected a reference that ends in '#### <number>', got {reference[-60:]!r}. Correct the data, "
                     "or take exact_match out of the data module's text_metrics."
                 )
             exact, flexible = found == expected, last is not None and last == last_number(reference)
@@ -186,7 +186,7 @@ class AnswerWord(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """See `TextMetric`; keys `answer`, the choice that was named, None for none, and `correct`, 0 or 1."""
+        """Score as in `TextMetric`; keys `answer`, the choice that was named or None, and `correct`, 0 or 1."""
         found = [answer_class(output, self.choices) for output in outputs]
         predicted, target = torch.tensor(found, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
         self._count("unmapped", (predicted < 0).float())
@@ -200,7 +200,7 @@ class AnswerWord(TextMetric):
         ]
 
     def _columns(self, classes: Tensor) -> Tensor:
-        """Classes [B] one-hot [B, C], with no column set for −1; of two classes the positive column [B] only."""
+        """Return classes `[B]` as one-hot `[B, C]`, no column set for −1; of two classes the positive column `[B]` only."""
         columns = (classes[:, None] == torch.arange(len(self.choices))).long()
         return columns[:, 1] if len(self.choices) == 2 else columns
 
@@ -208,7 +208,7 @@ class AnswerWord(TextMetric):
 def text_metrics(
     names: Sequence[str], choices: Sequence[str], settings: GenerationSettings, device: torch.device
 ) -> dict[str, TextMetric]:
-    """Metrics by name, as a data module's `text_metrics` names them.
+    """Make metrics by name, as a data module's `text_metrics` names them.
 
     Args:
         names: Any of rouge, bleu, bertscore, exact_match, classification.
@@ -217,8 +217,8 @@ def text_metrics(
         device: Where that encoder runs.
 
     Raises:
-        ValueError: An unknown name.
-        OSError: The encoder of BERTScore cannot be had; says how to get it and how to leave it out.
+        ValueError: If a name is unknown.
+        OSError: If the encoder of BERTScore cannot be read; says how to get it and how to leave it out.
     """
     makers: dict[str, Callable[[], TextMetric]] = {
         "rouge": Rouge,
@@ -228,13 +228,13 @@ def text_metrics(
         "classification": lambda: AnswerWord(choices),
     }
     if unknown := [name for name in names if name not in makers]:
-        raise ValueError(f"text_metrics of the data module must be any of {', '.join(makers)}, got {unknown}.")
+        raise ValueError(f"Expected text_metrics of the data module among {', '.join(makers)}, got {unknown}.")
     wanted = [name for name in names if name != "bertscore" or settings.bertscore_encoder is not None]
     return {name: makers[name]() for name in wanted}
 
 
 def final_answer(text: str) -> str | None:
-    """The final answer of a GSM8K solution, as openai/grade-school-math takes it: behind '#### ', without commas.
+    """Find the final answer of a GSM8K solution, as openai/grade-school-math takes it: behind '#### ', without commas.
 
     Example:
         >>> final_answer("She pays 2 * 600 = 1200 dollars. #### 1,200")
@@ -245,7 +245,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, dollar signs and thousands separators removed; beyond the paper.
+    """Find the last number of a text, dollar signs and thousands separators removed; beyond the paper.
 
     Example:
         >>> last_number("So that is $1,200.50 in 3-4 weeks, or -7."), last_number("nothing")
@@ -256,7 +256,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def answer_class(text: str, choices: Sequence[str]) -> int:
-    """The class whose answer comes first among the words of a text, in any case; −1 if there is none.
+    """Find the class whose answer comes first among the words of a text, in any case; −1 if there is none.
 
     Where two answers begin at the same word, the longer one counts ("not entailed", "not").
 

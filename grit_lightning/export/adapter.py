@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
 from grit_lightning.backbones.sources import BackboneSource, resolve_source
-from grit_lightning.checkpoints.adapter_state import CHECKPOINT_FORMAT, CHECKPOINT_KEY
-from grit_lightning.checkpoints.reading import read_checkpoint
+from grit_lightning.checkpoints.reading import CHECKPOINT_KEY, read_checkpoint, require_format
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.export.card import RunNotes, card
 from grit_lightning.export.compaction import CompactAdapter, compact
@@ -111,8 +110,7 @@ def _from_checkpoint(path: Path) -> _Trained:
     settings = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     if saved is None or "adapter" not in settings:
         raise InvalidValueError(f"{path} is no checkpoint of GritLitModule: it holds {sorted(map(str, content))}.")
-    if saved["format_version"] != CHECKPOINT_FORMAT:
-        raise InvalidValueError(f"{path} has format version {saved['format_version']}, expected {CHECKPOINT_FORMAT}.")
+    require_format(saved["format_version"], str(path))
     if content["global_step"] == 0:
         raise InvalidValueError(
             f"{path} was never trained: it was written at optimizer step 0. Export a checkpoint of a later step."

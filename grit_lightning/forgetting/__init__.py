@@ -1,8 +1,9 @@
 """What the backbone still knows: its loss on held-out text and its answers to multiple-choice questions.
 
-    text.py, choices.py, zero_shot.py    data → probes: token sequences, and what their log-likelihoods mean
+    text.py, choices.py, zero_shot.py    data → held-out sets
+    held_out.py                          a held-out set: token sequences, and what their log-likelihoods mean
     likelihood.py                        token sequences → log-likelihoods, over all processes
-    undisturbed.py                       measuring in the middle of training without leaving a trace
+    without_trace.py                     evaluating in the middle of training without leaving a trace
     change.py                            two measurements → the change, with an interval
 
 When it is measured is up to `callbacks.ForgettingProbe`.

@@ -16,10 +16,10 @@ SEED = 0
 def mean_change(
     before: Tensor, after: Tensor, weights: Tensor, confidence: float = 0.95
 ) -> tuple[float, tuple[float, float] | None]:
-    """Change of a weighted mean, with a percentile bootstrap interval over units.
+    """Return the change of a weighted mean, with a percentile bootstrap interval over units.
 
     The two measurements are paired: a resample draws units, each with its values before and after, so that what makes one
-    unit harder than another cancels. The interval tells how far the change depends on which units were drawn. It knows
+    unit harder than another cancels. The interval says how far the change depends on which units were drawn. It knows
     nothing of other seeds of the training.
 
     Args:

@@ -54,7 +54,7 @@ class ChoiceSchema:
 
 
 def arc_question(row: Row) -> Question:
-    r"""ARC: a science question with three to five options, labelled A to E or 1 to 5.
+    r"""Read a question of ARC: a science question with three to five options, labelled A to E or 1 to 5.
 
     Args:
         row: `question`, `answerKey`, and `choices` (with `text` and `label`, as on the hub) or one column an option,
@@ -77,7 +77,7 @@ def arc_question(row: Row) -> Question:
 
 
 def hellaswag_question(row: Row) -> Question:
-    """HellaSwag: which of four endings goes on from a description; WikiHow's bracketed headings are dropped.
+    """Read a question of HellaSwag: which of four endings continues a description; WikiHow's bracketed headings are dropped.
 
     Args:
         row: `activity_label`, `ctx_a`, `ctx_b`, `endings` and `label`, the index of the right ending.
@@ -92,7 +92,7 @@ def hellaswag_question(row: Row) -> Question:
 
 
 def winogrande_question(row: Row) -> Question:
-    """WinoGrande: which of two names the blank of a sentence stands for.
+    """Read a question of WinoGrande: which of two names the blank of a sentence stands for.
 
     Args:
         row: `sentence` with a `_`, `option1`, `option2` and `answer`, "1" or "2".

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import pad
-from grit_lightning.evaluation.choices import IGNORED
 
 
 class TokenSequence(NamedTuple):
@@ -31,7 +31,7 @@ class TokenSequence(NamedTuple):
         return len(self.ids) - self.start
 
     def last(self, tokens: int) -> TokenSequence:
-        """The same without what stands before its last `tokens` tokens; context goes first."""
+        """Return the same without what stands before its last `tokens` tokens; context goes first."""
         cut = max(len(self.ids) - tokens, 0)
         return TokenSequence(self.ids[cut:], max(self.start - cut, 1))
 
@@ -70,7 +70,7 @@ def log_likelihoods(
     scores: dict[int, Tensor] = {}
     for call in range(calls):
         chosen = own[call * batch_size : (call + 1) * batch_size]
-        batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # nothing left: take part all the same
+        batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # without any left, still take part
         logits = logits_of(batch)
         scores.update(zip(chosen, _scores(logits, batch["labels"]), strict=False))
     return torch.stack([scores[i] if i in scores else torch.zeros((), device=device) for i in range(len(sequences))])
@@ -89,7 +89,7 @@ def make_batch(sequences: Sequence[TokenSequence], device: torch.device) -> dict
 
 
 def _scores(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Log-likelihood of the labels of each row; row by row, as float32 logits of a whole batch can take gigabytes."""
+    """Return each row's log-likelihood of its labels; row by row, as float32 logits of a whole batch can take gigabytes."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = labels[:, labels.shape[1] - logits.shape[1] :]
     return [

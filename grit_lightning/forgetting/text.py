@@ -17,8 +17,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
+from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
-from grit_lightning.forgetting.probe import TextProbe
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TextData:
 
     Attributes:
         source: A .txt file (one document); a jsonl, json, parquet, csv or tsv file; a folder with split files; or a hub id.
-        name: How results are called; None for the last part of `source`.
+        name: What results are called; None for the last part of `source`.
         column: Column that holds a document a row.
         hub_config: Configuration of the hub table, such as wikitext-2-raw-v1 or en.
         split: Split of a folder or hub table.
@@ -56,14 +56,17 @@ class TextData:
         if self.documents not in ("joined", "separate"):
             raise ValueError(f"TextData.documents must be joined or separate, got {self.documents!r}.")
         if self.documents == "separate" and self.separator is not None:
-            raise ValueError("TextData.separator joins documents: leave it out, or set documents to joined.")
+            raise ValueError(
+                "Expected no TextData.separator, as separate documents are not joined, got one. Leave it out, or set documents "
+                "to joined."
+            )
 
     @property
     def label(self) -> str:
-        """How results are called."""
+        """What results are called."""
         return self.name or Path(self.source).stem
 
-    def probe(self, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None = None) -> TextProbe:
+    def read(self, tokenizer: PreTrainedTokenizerBase, block_size: int, max_blocks: int | None = None) -> TextBlocks:
         """Read, tokenise and cut.
 
         Args:
@@ -72,9 +75,9 @@ class TextData:
             max_blocks: How many blocks to take from the start; None for all.
 
         Raises:
-            FileNotFoundError: The file or split is missing.
-            ValueError: The column is missing, there is no text, or less than a block of it.
-            ConnectionError: The hub cannot be reached.
+            FileNotFoundError: If the file or split is missing.
+            ValueError: If the column is missing, there is no text, or less than a block of it.
+            ConnectionError: If the hub cannot be reached.
         """
         lead = leading_ids(tokenizer)
         room = block_size - len(lead)
@@ -85,10 +88,10 @@ class TextData:
                 f"{self._where}: the text does not fill one block of {block_size} tokens. Lower block_size, use more text, "
                 "or set documents to separate."
             )
-        return TextProbe(self.label, blocks)
+        return TextBlocks(self.label, blocks)
 
     def _joined(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
-        """Full pieces of one stream, tokenised no further than is asked for."""
+        """Yield full pieces of one stream, tokenised no further than is asked for."""
         stream: list[int] = []
         for document in self._stream(tokenizer):
             stream += document
@@ -109,7 +112,7 @@ class TextData:
             yield ([tokenizer.eos_token_id] if number else []) + encode(tokenizer, text)
 
     def _separate(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
-        """The beginning of each document that has a token to predict."""
+        """Return the beginning of each document that has a token to predict."""
         shortest = 1 + (not leading_ids(tokenizer))
         pieces = (encode(tokenizer, text)[:room] for text in self._filled())
         return (piece for piece in pieces if len(piece) >= shortest)
@@ -118,12 +121,12 @@ class TextData:
         return (text for text in self.texts() if text.strip())
 
     def texts(self) -> Iterator[str]:
-        """Documents in the order of the source.
+        """Yield documents in the order of the source.
 
         Raises:
-            FileNotFoundError: The file or split is missing.
-            ValueError: The column is missing, or there is no text in any row.
-            ConnectionError: The hub cannot be reached.
+            FileNotFoundError: If the file or split is missing.
+            ValueError: If the column is missing, or there is no text in any row.
+            ConnectionError: If the hub cannot be reached.
         """
         found = False
         for text in self._rows():
@@ -143,7 +146,7 @@ class TextData:
     def _column(self, table: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         for row in table:
             if self.column not in row:  # a streamed table may not know its columns before
-                raise ValueError(f"{self._where}: there is no column {self.column!r}, only {list(row)}. Set `column`.")
+                raise ValueError(f"{self._where}: expected the column {self.column!r}, got {list(row)}. Set `column`.")
             yield "" if row[self.column] is None else str(row[self.column])
 
     def _table(self, path: Path) -> datasets.Dataset:
@@ -164,11 +167,11 @@ class TextData:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin-of-sequence token, if the tokenizer puts one before a text by itself."""
+    """Return the begin-of-sequence token, if the tokenizer puts one before a text by itself."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without any special token around it; long texts are meant to be long."""
+    """Return the token ids of a text, without any special token around it; a long text gives no warning."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

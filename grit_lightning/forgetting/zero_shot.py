@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import find_files, read_files, read_hub
 from grit_lightning.forgetting.choices import SCHEMAS, ChoiceSchema, Question, Row
+from grit_lightning.forgetting.held_out import HeldOutSet
 from grit_lightning.forgetting.likelihood import TokenSequence
-from grit_lightning.forgetting.probe import Probe
 from grit_lightning.forgetting.text import encode, leading_ids
 
 
 @dataclass(frozen=True)
-class ChoiceProbe(Probe):
+class ChoiceQuestions(HeldOutSet):
     """Multiple-choice questions; a sequence is one option of one question, in their order.
 
     Attributes:
@@ -45,11 +45,11 @@ class ChoiceProbe(Probe):
 
     @property
     def weights(self) -> Tensor:
-        """One each."""
+        """One for each question."""
         return torch.ones(len(self.questions), dtype=torch.float64)
 
     def values(self, scores: Tensor) -> dict[str, Tensor]:
-        """1 where the metric's favourite option is the right one, 0 elsewhere; the first of equals is the favourite."""
+        """Return 1 where the metric's favourite option is the right one, else 0; the first of equals is the favourite."""
         lengths = torch.tensor([length for question in self.questions for length in question.lengths])
         per_metric = {"acc": scores, "acc_norm": scores / lengths}
         return {metric: self._right(per_metric[metric]) for metric in self.metrics}
@@ -60,7 +60,7 @@ class ChoiceProbe(Probe):
         return torch.tensor(right, dtype=torch.float64)
 
     def describe(self, scores: Tensor) -> list[dict[str, Any]]:
-        """Log-likelihoods of the options, the right answer, and the value of each metric."""
+        """Return the log-likelihoods of the options, the right answer, and the value of each metric."""
         options = scores.split([len(question.pairs) for question in self.questions])
         return [
             {"log_likelihoods": o.tolist(), "answer": q.answer, **line}
@@ -75,7 +75,7 @@ class ZeroShotTask:
     Attributes:
         schema: `arc_easy`, `arc_challenge`, `hellaswag` or `winogrande`: what the columns are and how a row is asked.
         source: None for the hub's table; a folder with split files; or one jsonl, json, parquet, csv or tsv file.
-        name: How results are called; None for the schema's name.
+        name: What results are called; None for the schema's name.
         split: Split of the hub's table or of a folder.
         limit: How many questions to take from the start; None for all.
     """
@@ -99,20 +99,20 @@ class ZeroShotTask:
 
     @property
     def label(self) -> str:
-        """How results are called."""
+        """What results are called."""
         return self.name or self.schema
 
-    def probe(self, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> ChoiceProbe:
-        """Read rows, ask, tokenise. Rows without a usable question are left out, and counted in a warning.
+    def read(self, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> ChoiceQuestions:
+        """Read rows as questions, and tokenise them. Rows without a usable question are left out, and counted in a warning.
 
         Args:
             tokenizer: Of the backbone.
             at_most: Another bound on the number of questions, beside `limit`.
 
         Raises:
-            FileNotFoundError: The file or split is missing.
-            ValueError: A column is missing, or there is no usable question.
-            ConnectionError: The hub cannot be reached.
+            FileNotFoundError: If the file or split is missing.
+            ValueError: If a column is missing, or there is no usable question.
+            ConnectionError: If the hub cannot be reached.
         """
         schema = SCHEMAS[self.schema]
         limit = min((bound for bound in (self.limit, at_most) if bound is not None), default=None)
@@ -123,7 +123,7 @@ class ZeroShotTask:
         if broken:
             rank_zero_warn(f"{self._where}: {left_out}.")
         sequences = [sequence_of(tokenizer, *pair) for question in questions for pair in question.pairs]
-        return ChoiceProbe(self.label, sequences, questions, schema)
+        return ChoiceQuestions(self.label, sequences, questions, schema)
 
     def _questions(self, schema: ChoiceSchema, limit: int | None) -> tuple[list[Question], list[str]]:
         questions: list[Question] = []
@@ -149,7 +149,7 @@ class ZeroShotTask:
             raise FileNotFoundError(f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file.")
         if not any(set(columns) <= set(table.column_names) for columns in schema.columns):
             wanted = " or ".join(map(str, map(list, schema.columns)))
-            raise ValueError(f"{self._where}: expected the columns {wanted}, found {table.column_names}.")
+            raise ValueError(f"{self._where}: expected the columns {wanted}, got {table.column_names}.")
         return iter(table)
 
     @property
@@ -171,7 +171,7 @@ def sequence_of(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
 
 
 def _headerless(path: Path, schema: ChoiceSchema) -> list[Row] | None:
-    """Rows of a csv file without a header; None if its first line names columns."""
+    """Return the rows of a csv file without a header; None if its first line names columns."""
     columns = schema.headerless or ()
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))

@@ -399,7 +399,7 @@ def test_a_probe_that_comes_later_says_that_it_has_no_before(
 def test_blocks_longer_than_the_context_are_refused(
     quick_module: Factory, loader: Factory, make_trainer: Factory, probe: Factory
 ) -> None:
-    with pytest.raises(ValueError, match="block_size of 256 tokens does not fit the model's context of 128"):
+    with pytest.raises(ValueError, match=r"at most 128 tokens, .* got 256 for a block of text\. Lower Forgetting"):
         make_trainer(callbacks=[probe(block_size=256)]).fit(quick_module(), loader(1))
 
 

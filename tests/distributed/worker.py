@@ -23,6 +23,7 @@ import in_step  # type: ignore[import-not-found]
 import processes as runs  # type: ignore[import-not-found]
 
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
+from grit_lightning.checkpoints.trained_parameters import trained_parameters
 from grit_lightning.distributed import strategies
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy
@@ -40,8 +41,9 @@ class Unfinished(pl.Callback):
     state: dict[str, Any] | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == 1 and self.state is None and pl_module._window_micro_batches == self.half(trainer):
-            self.state = {"geometry": pl_module.geometry.state_dict(), "window": pl_module._window_state()}
+        if trainer.global_step == 1 and self.state is None and pl_module.window.micro_batches == self.half(trainer):
+            window = pl_module.window.state_dict(trained_parameters(pl_module))
+            self.state = {"geometry": pl_module.geometry.state_dict(), "window": window}
 
     @staticmethod
     def half(trainer: Any) -> int:

@@ -1,3 +1,5 @@
+"""Closed answers: scores are those of single unpadded rows, and metrics are those counted by hand."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from grit_lightning.batches import position_ids
 from grit_lightning.datamodules.pipeline.collate import Collator
-from grit_lightning.evaluation.choices import choice_scores, classification_metrics, position_ids
+from grit_lightning.evaluation.choices import choice_scores, classification_metrics
 
 PROMPTS = [[10, 11, 12, 13, 14], [20, 21], [30, 31, 32]]
 
@@ -86,7 +89,7 @@ def test_a_row_without_prompt_or_label_is_refused(model: nn.Module, prompt_lengt
     batch = Collator(0, "left", torch.tensor([[50], [60]]))(
         [{"input_ids": [1, 2, 3, 4, 50], "prompt_length": prompt_length, "target": 0}]
     )
-    with pytest.raises(ValueError, match="every row needs one"):
+    with pytest.raises(ValueError, match=r"a prompt and labels behind it in every row.*got 1 of 1 rows without"):
         choice_scores(model, batch, torch.zeros(1, 5, 320))
 
 
@@ -98,14 +101,6 @@ def test_models_without_positions_are_scored_too() -> None:
     batch = make_batch([[50, 51], [50, 50]], "right")
     scores = choice_scores(Alibi(), batch, torch.zeros(3, 7, 80))
     assert (scores[:, 1] > scores[:, 0]).all()  # this model predicts that every token repeats
-
-
-def test_positions_count_real_tokens_only() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    positions = position_ids(mask)
-    real = [row[kept.bool()].tolist() for row, kept in zip(positions, mask, strict=True)]
-    assert real == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4]]
-    assert positions.min() == 0
 
 
 def test_binary_metrics_take_class_one_as_positive() -> None:

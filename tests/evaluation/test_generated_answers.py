@@ -1,4 +1,7 @@
-"""Evaluation by generated answers: every row once, on one process or two, with scores that its records add up to."""
+"""Evaluation by generated answers: every row once, on one process or two, with scores that its rows add up to.
+
+Also: limits, mixtures, closed answers scored both ways, and that neither training nor earlier files are touched.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import lightning.pytorch as pl
@@ -19,9 +22,9 @@ from torch.utils.data import DataLoader
 from grit_lightning import GenerationSettings, GritLitModule
 from grit_lightning.callbacks import GenerationWriter
 from grit_lightning.datamodules import BoolQDataModule, MixtureDataModule, TaskDataModule
+from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluation
 from grit_lightning.evaluation.generation import generate_answers
 
-Record = dict[str, Any]
 ROWS = 7
 FEW = GenerationSettings(max_new_tokens=6)
 
@@ -37,23 +40,18 @@ class Sums(TaskDataModule):
         return str(row["answer"])
 
 
-class Copies(GritLitModule):
-    """Stands in for a model that can do something: it is right about even rows and echoes the prompt of odd ones."""
+def pretended_answers(examples: datasets.Dataset) -> Callable[..., list[AnsweredRow]]:
+    """Stand in for a model that can do something: it is right about even rows and echoes the prompt of odd ones."""
+    known = {tuple(row["input_ids"]): (index, row["reference"]) for index, row in enumerate(examples)}
 
-    examples: ClassVar[datasets.Dataset]
-
-    def generate_records(self, *arguments: Any) -> list[Record]:
-        for evaluation in self.generators.values():
-            evaluation._answers = self._pretended  # type: ignore[assignment]
-        return super().generate_records(*arguments)  # type: ignore[arg-type]
-
-    def _pretended(self, model: Any, batch: Mapping[str, torch.Tensor], seed: int) -> list[Record]:
-        prompts = {tuple(row["input_ids"]): (index, row["reference"]) for index, row in enumerate(self.examples)}
+    def answers(self: Any, model: Any, batch: Mapping[str, torch.Tensor], seed: int) -> list[AnsweredRow]:
         found = [
-            prompts[tuple(ids[mask.bool()].tolist())]
+            known[tuple(ids[mask.bool()].tolist())]
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
         return [{"prompt": "", "output": text if row % 2 == 0 else "of 1 and 1", "finished": 1} for row, text in found]
+
+    return answers
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +90,9 @@ def boolq(tiny_tokenizer: Any, tmp_path: Path) -> BoolQDataModule:
 def module(make_tiny_llama: Any, lora_config: Any) -> Callable[..., GritLitModule]:
     """A factory of modules over the same float64 weights."""
 
-    def make(generation: GenerationSettings | None = FEW, kind: type[GritLitModule] = GritLitModule) -> GritLitModule:
+    def make(generation: GenerationSettings | None = FEW) -> GritLitModule:
         torch.manual_seed(0)
-        return kind(make_tiny_llama().double(), lora_config(), generation=generation)
+        return GritLitModule(make_tiny_llama().double(), lora_config(), generation=generation)
 
     return make
 
@@ -110,7 +108,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     return make
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -123,27 +121,29 @@ def test_the_file_holds_every_row_once_with_what_the_model_says_to_it_alone(
 ) -> None:
     data, lit = sums(padding_side="left"), module()
     make_trainer().test(lit, data, verbose=False)
-    records, examples = read(tmp_path / "run" / "generations-test.jsonl"), data.examples("test")
-    assert [record["row"] for record in records] == list(range(ROWS))
-    for record, example in zip(records, examples, strict=True):
+    answered, examples = read(tmp_path / "run" / "generations-test.jsonl"), data.examples("test")
+    assert [row["row"] for row in answered] == list(range(ROWS))
+    for row, example in zip(answered, examples, strict=True):
         prompt = torch.tensor([example["input_ids"][: example["prompt_length"]]])
         (answer,) = generate_answers(lit.peft_model, tiny_tokenizer, prompt, torch.ones_like(prompt), FEW)
-        assert (record["output"], record["finished"]) == (answer.text, int(answer.finished))
-        assert record["prompt"] == tiny_tokenizer.decode(prompt[0])
-        assert record["reference"] == example["reference"]
-        assert record["exact_match"] in (0, 1)
+        assert (row["output"], row["finished"]) == (answer.text, int(answer.finished))
+        assert row["prompt"] == tiny_tokenizer.decode(prompt[0])
+        assert row["reference"] == example["reference"]
+        assert row["exact_match"] in (0, 1)
 
 
-def test_logged_scores_are_those_of_the_records(sums: Any, module: Any, make_trainer: Any, tmp_path: Path) -> None:
-    data, lit, trainer = sums(), module(kind=Copies), make_trainer()
+def test_logged_scores_are_those_of_the_rows(
+    sums: Any, module: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, lit, trainer = sums(), module(), make_trainer()
     data.setup("test")
-    Copies.examples = data.examples("test")
+    monkeypatch.setattr(AnswerEvaluation, "_answers", pretended_answers(data.examples("test")))
     trainer.test(lit, data, verbose=False)
-    records, found = read(tmp_path / "run" / "generations-test.jsonl"), numbers(trainer)
+    answered, found = read(tmp_path / "run" / "generations-test.jsonl"), numbers(trainer)
     for name in ("exact_match", "exact_match_flexible", "rouge1", "rouge2", "rougeL"):
-        assert found[f"test/{name}"] == pytest.approx(sum(record[name] for record in records) / ROWS, abs=1e-6), name
+        assert found[f"test/{name}"] == pytest.approx(sum(row[name] for row in answered) / ROWS, abs=1e-6), name
     assert found["test/exact_match"] == pytest.approx(4 / ROWS)
-    outputs, references = ([record[key] for record in records] for key in ("output", "reference"))
+    outputs, references = ([row[key] for row in answered] for key in ("output", "reference"))
     assert found["test/bleu"] == pytest.approx(sacrebleu.corpus_bleu(outputs, [references]).score / 100, abs=1e-6)
     check = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "check_generations.py"))[
         "differences"
@@ -193,9 +193,9 @@ def test_closed_answers_are_scored_both_ways(boolq: Any, module: Any, make_train
     found = numbers(trainer)
     both = {f"test/{kind}{name}" for kind in ("", "generated_") for name in ("accuracy", "precision", "recall", "f1")}
     assert both | {"test/loss", "test/unmapped"} == found.keys()
-    records = read(tmp_path / "run" / "generations-test.jsonl")
-    assert found["test/unmapped"] == pytest.approx(sum(record["answer"] is None for record in records) / 6)
-    assert found["test/generated_accuracy"] == pytest.approx(sum(record["correct"] for record in records) / 6)
+    answered = read(tmp_path / "run" / "generations-test.jsonl")
+    assert found["test/unmapped"] == pytest.approx(sum(row["answer"] is None for row in answered) / 6)
+    assert found["test/generated_accuracy"] == pytest.approx(sum(row["correct"] for row in answered) / 6)
 
 
 def test_prediction_returns_and_writes_the_same_answers_as_the_test(
@@ -203,10 +203,10 @@ def test_prediction_returns_and_writes_the_same_answers_as_the_test(
 ) -> None:
     lit, data = module(), sums()
     predicted = make_trainer().predict(lit, data)
-    assert [record["row"] for batch in predicted for record in batch] == list(range(ROWS))
+    assert [row["row"] for batch in predicted for row in batch] == list(range(ROWS))
     make_trainer().test(lit, data, verbose=False)
     kinds = [read(tmp_path / "run" / f"generations-{stage}.jsonl") for stage in ("predict", "test")]
-    assert kinds[0] == kinds[1] == [record for batch in predicted for record in batch]
+    assert kinds[0] == kinds[1] == [row for batch in predicted for row in batch]
 
 
 def test_generating_in_validation_does_not_change_the_training(
@@ -246,18 +246,18 @@ def test_a_mixture_is_evaluated_task_by_task(sums: Any, module: Any, make_traine
     trainer.validate(lit, mixture, verbose=False)
     trainer.test(lit, mixture, verbose=False)
     assert {"test/sums/rouge1", "test/sums2/rouge1", "test/sums/bleu", "test/sums2/loss"} <= numbers(trainer).keys()
-    records = read(tmp_path / "run" / "generations-test.jsonl")
-    assert [record["task"] for record in records] == ["sums"] * 4 + ["sums2"] * 4
-    assert [record["row"] for record in records[:4]] == sorted(record["row"] for record in records[:4])
-    assert all(record["prompt"].startswith("Say: ") == (record["task"] == "sums2") for record in records)
+    answered = read(tmp_path / "run" / "generations-test.jsonl")
+    assert [row["task"] for row in answered] == ["sums"] * 4 + ["sums2"] * 4
+    assert [row["row"] for row in answered[:4]] == sorted(row["row"] for row in answered[:4])
+    assert all(row["prompt"].startswith("Say: ") == (row["task"] == "sums2") for row in answered)
 
 
 def test_the_longest_prompt_is_checked_before_anything_is_generated(sums: Any, module: Any, make_trainer: Any) -> None:
     lit = module(GenerationSettings(max_new_tokens=115))
     lit.configure_model()
     lit.peft_model.get_base_model().register_forward_hook(lambda *_: pytest.fail("the model was asked"))
-    lit.test_step = lambda batch, batch_idx: lit.generate_records(lit.peft_model, batch, batch_idx, "test")
-    with pytest.raises(ValueError, match=r"A prompt of \d+ tokens and generation.max_new_tokens=115 exceed"):
+    lit.test_step = lambda batch, batch_idx: lit._answered(batch, batch_idx, "test")
+    with pytest.raises(ValueError, match=r"got \d+ for a prompt of \d+ tokens and an answer of up to 115"):
         make_trainer().test(lit, sums(), verbose=False)
 
 
@@ -282,7 +282,7 @@ def test_an_evaluation_that_fails_leaves_the_former_file(
     assert file.read_text() == "before"
     handle.remove()
     trainer.test(lit, sums(), verbose=False)
-    assert [record["row"] for record in read(file)] == list(range(ROWS))
+    assert [row["row"] for row in read(file)] == list(range(ROWS))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # barebones says so for every loss

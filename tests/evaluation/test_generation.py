@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from grit_lightning.backbones.loading import attach_adapter, load_backbone
-from grit_lightning.evaluation.choices import left_padded_prompts
+from grit_lightning.batches import left_padded_prompts
 from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
@@ -180,7 +180,7 @@ def test_a_stop_string_ends_an_answer_and_is_cut_off(make_tiny_llama: Callable[.
 
 def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
     mask = torch.tensor([[1, 1], [0, 0]])
-    with pytest.raises(ValueError, match="A prompt without tokens"):
+    with pytest.raises(ValueError, match="at least one token in every prompt"):
         generate_answers(model, Ids(), torch.ones_like(mask), mask, GenerationSettings(max_new_tokens=2))  # type: ignore[arg-type]
 
 
@@ -188,7 +188,7 @@ def test_an_answer_that_does_not_fit_the_context_names_both_settings(model: Any)
     prompts, mask = padded("left")
     context = model.config.max_position_embeddings
     settings = GenerationSettings(max_new_tokens=context - 6)
-    with pytest.raises(ValueError, match=rf"7 tokens and generation.max_new_tokens={context - 6} .*data.max_length"):
+    with pytest.raises(ValueError, match=rf"got {context + 1} for a prompt of 7 tokens and an .*data.max_length"):
         generate_answers(model, Ids(), prompts, mask, settings)  # type: ignore[arg-type]
     generate_answers(model, Ids(), prompts[:, -2:], mask[:, -2:], GenerationSettings(max_new_tokens=3))  # type: ignore[arg-type]
 
@@ -196,7 +196,7 @@ def test_an_answer_that_does_not_fit_the_context_names_both_settings(model: Any)
 def test_a_tokenizer_that_ends_no_text_is_refused(model: Any) -> None:
     model.generation_config.eos_token_id = None
     prompts, mask = padded("left")
-    with pytest.raises(ValueError, match="has no eos_token"):
+    with pytest.raises(ValueError, match="with an eos_token"):
         generate_answers(model, Ids(eos=None), prompts, mask, GenerationSettings(max_new_tokens=2))  # type: ignore[arg-type]
 
 

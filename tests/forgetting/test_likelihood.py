@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grit_lightning.evaluation.choices import position_ids
+from grit_lightning.batches import position_ids
 from grit_lightning.forgetting.likelihood import TokenSequence, log_likelihoods, make_batch
 
 SEQUENCES = [

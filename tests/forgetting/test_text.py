@@ -49,34 +49,34 @@ def test_joined_documents_are_one_stream_with_an_end_between_them(
     documents: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     stream = joined(tiny_tokenizer)
-    probe = TextData(str(documents)).probe(tiny_tokenizer, 4)
-    assert [sequence.ids for sequence in probe.sequences] == [stream[i : i + 4] for i in range(0, 16, 4)]  # 19 tokens
-    assert probe.weights.tolist() == [3.0] * 4
-    assert probe.size == {"blocks": 4, "tokens": 12}
-    assert probe.name == "documents"
+    blocks = TextData(str(documents)).read(tiny_tokenizer, 4)
+    assert [sequence.ids for sequence in blocks.sequences] == [stream[i : i + 4] for i in range(0, 16, 4)]  # 19 tokens
+    assert blocks.weights.tolist() == [3.0] * 4
+    assert blocks.size == {"blocks": 4, "tokens": 12}
+    assert blocks.name == "documents"
 
 
 def test_a_begin_of_sequence_token_opens_every_block_and_every_text_token_is_predicted_once(
     documents: Path, bos_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    probe = TextData(str(documents)).probe(bos_tokenizer, 4)
-    assert all(sequence.ids[0] == 1 for sequence in probe.sequences)
-    predicted = [token for sequence in probe.sequences for token in sequence.ids[sequence.start :]]
+    blocks = TextData(str(documents)).read(bos_tokenizer, 4)
+    assert all(sequence.ids[0] == 1 for sequence in blocks.sequences)
+    predicted = [token for sequence in blocks.sequences for token in sequence.ids[sequence.start :]]
     stream = joined(bos_tokenizer)
     assert predicted == stream[:18]
 
 
 def test_a_text_separator_joins_all_rows_as_they_are(documents: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    probe = TextData(str(documents), separator="\n\n").probe(tiny_tokenizer, 5)
-    tokens = [token for sequence in probe.sequences for token in sequence.ids]
+    blocks = TextData(str(documents), separator="\n\n").read(tiny_tokenizer, 5)
+    tokens = [token for sequence in blocks.sequences for token in sequence.ids]
     assert tokens == ids(tiny_tokenizer, "\n\n".join(DOCUMENTS))[: len(tokens)]
     assert EOS not in tokens
 
 
 def test_separate_documents_give_their_first_tokens(documents: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    probe = TextData(str(documents), documents="separate").probe(tiny_tokenizer, 4)
-    assert [tiny_tokenizer.decode(sequence.ids) for sequence in probe.sequences] == ["abcd", "ghi", "jklm"]
-    assert probe.weights.tolist() == [3.0, 2.0, 3.0]
+    blocks = TextData(str(documents), documents="separate").read(tiny_tokenizer, 4)
+    assert [tiny_tokenizer.decode(sequence.ids) for sequence in blocks.sequences] == ["abcd", "ghi", "jklm"]
+    assert blocks.weights.tolist() == [3.0, 2.0, 3.0]
 
 
 def test_the_first_blocks_are_taken_and_the_rest_is_not_tokenised(
@@ -85,26 +85,26 @@ def test_the_first_blocks_are_taken_and_the_rest_is_not_tokenised(
     seen = []
     encode = text_module.encode
     monkeypatch.setattr(text_module, "encode", lambda tokenizer, text: seen.append(text) or encode(tokenizer, text))
-    probe = TextData(str(documents)).probe(tiny_tokenizer, 4, 2)
-    assert [tiny_tokenizer.decode(sequence.ids) for sequence in probe.sequences] == ["abcd", "ef</s>g"]
+    blocks = TextData(str(documents)).read(tiny_tokenizer, 4, 2)
+    assert [tiny_tokenizer.decode(sequence.ids) for sequence in blocks.sequences] == ["abcd", "ef</s>g"]
     assert seen == ["abcdef", "ghi"]
 
 
 def test_loss_is_that_of_transformers(documents: Path, tiny_tokenizer: Any, tiny_llama: Any) -> None:
     model = tiny_llama.double().eval()
-    probe = TextData(str(documents), documents="separate").probe(tiny_tokenizer, 6)
+    blocks = TextData(str(documents), documents="separate").read(tiny_tokenizer, 6)
     scores = log_likelihoods(
         lambda batch: model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-        probe.sequences,
+        blocks.sequences,
         2,
         torch.device("cpu"),
     )
-    loss = probe.values(scores)["loss"] / probe.weights
+    loss = blocks.values(scores)["loss"] / blocks.weights
     with torch.no_grad():
-        rows = [torch.tensor([sequence.ids]) for sequence in probe.sequences]
+        rows = [torch.tensor([sequence.ids]) for sequence in blocks.sequences]
         expected = torch.stack([model(row, labels=row).loss for row in rows])
     torch.testing.assert_close(loss, expected.double(), atol=1e-6, rtol=0)  # transformers takes float32
-    assert probe.describe(scores)[0] == {"nats": float(-scores[0]), "tokens": 5}
+    assert blocks.describe(scores)[0] == {"nats": float(-scores[0]), "tokens": 5}
 
 
 def as_csv(table: datasets.Dataset, folder: Path) -> Path:
@@ -155,8 +155,8 @@ def test_a_streamed_table_is_read_no_further_than_needed(
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    probe = TextData("allenai/c4", hub_config="en", streaming=True).probe(tiny_tokenizer, 10, 4)
-    assert len(probe.sequences) == 4
+    blocks = TextData("allenai/c4", hub_config="en", streaming=True).read(tiny_tokenizer, 10, 4)
+    assert len(blocks.sequences) == 4
     assert len(read) < 10
 
 
@@ -167,7 +167,11 @@ def test_a_streamed_table_is_read_no_further_than_needed(
         ({"source": "blank.jsonl"}, ValueError, "no text in it"),
         ({"source": "nosuch.txt"}, FileNotFoundError, "does not exist"),
         ({"source": "nosuch.jsonl"}, FileNotFoundError, "does not exist"),
-        ({"source": "documents.jsonl", "column": "body"}, ValueError, r"no column 'body', only \['text', 'id'\]"),
+        (
+            {"source": "documents.jsonl", "column": "body"},
+            ValueError,
+            r"expected the column 'body', got \['text', 'id'\]",
+        ),
         ({"source": "documents.jsonl", "block_size": 64}, ValueError, "does not fill one block of 64 tokens"),
         ({"source": ".", "split": "test"}, FileNotFoundError, "no file of split 'test'"),
         ({"source": "allenai/c4"}, ConnectionError, "Could not get allenai/c4"),  # tests are offline
@@ -188,14 +192,14 @@ def test_what_cannot_be_read_is_named(
     Path("blank.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
     block_size = settings.pop("block_size", 4)
     with pytest.raises(error, match=message):
-        TextData(**settings).probe(tiny_tokenizer, block_size)
+        TextData(**settings).read(tiny_tokenizer, block_size)
 
 
 def test_a_tokenizer_without_an_end_token_needs_another_separator(documents: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        TextData(str(documents)).probe(tiny_tokenizer, 4)
-    assert TextData(str(documents), separator=" ").probe(tiny_tokenizer, 4).sequences
+        TextData(str(documents)).read(tiny_tokenizer, 4)
+    assert TextData(str(documents), separator=" ").read(tiny_tokenizer, 4).sequences
 
 
 @pytest.mark.parametrize("settings", [{"documents": "apart"}, {"documents": "separate", "separator": " "}])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grit_lightning.forgetting import ZeroShotTask
 from grit_lightning.forgetting.choices import SCHEMAS, Question
 from grit_lightning.forgetting.likelihood import log_likelihoods
-from grit_lightning.forgetting.zero_shot import ChoiceProbe, sequence_of
+from grit_lightning.forgetting.zero_shot import ChoiceQuestions, sequence_of
 
 from .conftest import ARC_ROWS, HELLASWAG_ROWS, WINOGRANDE_ROWS
 
@@ -43,11 +43,11 @@ def model(make_tiny_llama: Callable[..., Any]) -> nn.Module:
     return make_tiny_llama(initializer_range=0.2).double().eval()
 
 
-def score(model: nn.Module, probe: ChoiceProbe, batch_size: int = 3) -> Tensor:
+def score(model: nn.Module, questions: ChoiceQuestions, batch_size: int = 3) -> Tensor:
     def logits_of(batch: dict[str, Tensor]) -> Tensor:
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
-    return log_likelihoods(logits_of, probe.sequences, batch_size, torch.device("cpu"))
+    return log_likelihoods(logits_of, questions.sequences, batch_size, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -63,26 +63,26 @@ def reference(model: nn.Module, tokenizer: Any, context: str, continuation: str)
 def test_accuracies_are_those_of_single_rows(
     schema: str, write: Callable[..., str], model: nn.Module, tiny_tokenizer: Any
 ) -> None:
-    probe = ZeroShotTask(schema, write(ROWS[schema])).probe(tiny_tokenizer)
-    scores = score(model, probe)
-    values = probe.values(scores)
+    questions = ZeroShotTask(schema, write(ROWS[schema])).read(tiny_tokenizer)
+    scores = score(model, questions)
+    values = questions.values(scores)
     assert tuple(values) == (("acc",) if schema == "winogrande" else ("acc", "acc_norm"))
-    lines = probe.describe(scores)
-    for index, question in enumerate(probe.questions):
+    lines = questions.describe(scores)
+    for index, question in enumerate(questions.questions):
         expected = [reference(model, tiny_tokenizer, *pair) for pair in question.pairs]
         assert lines[index]["log_likelihoods"] == pytest.approx(expected, abs=1e-9)
         assert values["acc"][index] == (expected.index(max(expected)) == question.answer)
         if "acc_norm" in values:
             per_character = [e / len(c[1:]) for e, (_, c) in zip(expected, question.pairs, strict=True)]
             assert values["acc_norm"][index] == (per_character.index(max(per_character)) == question.answer)
-    assert probe.weights.sum() == len(ROWS[schema])
+    assert questions.weights.sum() == len(ROWS[schema])
 
 
 def test_acc_norm_divides_by_characters() -> None:
     question = Question([("Q", " aé"), ("Q", " aaaa")], [2, 4], 1)  # two characters in three bytes, four in four
-    probe = ChoiceProbe("q", [], [question], SCHEMAS["arc_easy"])
+    questions = ChoiceQuestions("q", [], [question], SCHEMAS["arc_easy"])
     scores = torch.tensor([-6.0, -10.0], dtype=torch.float64)
-    assert {metric: value.tolist() for metric, value in probe.values(scores).items()} == {
+    assert {metric: value.tolist() for metric, value in questions.values(scores).items()} == {
         "acc": [0.0],
         "acc_norm": [1.0],
     }
@@ -114,11 +114,11 @@ def test_the_harness_gets_the_same_numbers(
     )
     harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer, batch_size=2)
     found = evaluate(harness, {"arc": task}, bootstrap_iters=0)
-    probe = ZeroShotTask("arc_easy", rows).probe(tiny_tokenizer)
-    scores = score(model, probe)
+    questions = ZeroShotTask("arc_easy", rows).read(tiny_tokenizer)
+    scores = score(model, questions)
     theirs = [float(response[0][0]) for sample in found["samples"]["arc"] for response in sample["resps"]]
     torch.testing.assert_close(scores, torch.tensor(theirs), atol=1e-3, rtol=0)  # both in float32
-    values = probe.values(scores)
+    values = questions.values(scores)
     assert float(values["acc"].mean()) == pytest.approx(found["results"]["arc"]["acc,none"])
     assert float(values["acc_norm"].mean()) == pytest.approx(found["results"]["arc"]["acc_norm,none"])
 
@@ -134,10 +134,10 @@ def test_limits_count_usable_questions_and_what_is_left_out_is_said(
 ) -> None:
     source = write([ARC_ROWS[0] | {"answerKey": "9"}, *ARC_ROWS])
     with pytest.warns(UserWarning, match="rows left out: 1, the first because the answer '9' is none of"):
-        probe = ZeroShotTask("arc_easy", source, limit=2).probe(tiny_tokenizer)
-    assert len(probe.questions) == 2
+        questions = ZeroShotTask("arc_easy", source, limit=2).read(tiny_tokenizer)
+    assert len(questions.questions) == 2
     with pytest.warns(UserWarning, match="left out: 1"):
-        assert len(ZeroShotTask("arc_easy", source, limit=None).probe(tiny_tokenizer, 3).questions) == 3
+        assert len(ZeroShotTask("arc_easy", source, limit=None).read(tiny_tokenizer, 3).questions) == 3
 
 
 def test_csv_files_with_and_without_a_header(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -146,24 +146,24 @@ def test_csv_files_with_and_without_a_header(tmp_path: Path, tiny_tokenizer: Any
         file = tmp_path / f"arc{len(header)}.csv"
         with file.open("w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([*header, *(cells if not header else cells[:2])])
-        probe = ZeroShotTask("arc_challenge", str(file), limit=2).probe(tiny_tokenizer)
-        assert [(len(question.pairs), question.answer) for question in probe.questions] == [(3, 0), (4, 3)]
-        assert probe.questions[0].pairs[0] == ("Question: Is ice, as such, cold?\nAnswer:", " yes")
+        questions = ZeroShotTask("arc_challenge", str(file), limit=2).read(tiny_tokenizer)
+        assert [(len(question.pairs), question.answer) for question in questions.questions] == [(3, 0), (4, 3)]
+        assert questions.questions[0].pairs[0] == ("Question: Is ice, as such, cold?\nAnswer:", " yes")
 
 
 @pytest.mark.filterwarnings("ignore:Zero-shot arc_.* rows left out")  # some have no options
 @pytest.mark.parametrize("level", ["easy", "challenge"])
 def test_real_arc_files_are_read(level: str, real_data: Path, tiny_tokenizer: Any) -> None:
-    probe = ZeroShotTask(f"arc_{level}", str(real_data / "arc" / f"arc_{level}_dev.csv"), limit=20).probe(
+    questions = ZeroShotTask(f"arc_{level}", str(real_data / "arc" / f"arc_{level}_dev.csv"), limit=20).read(
         tiny_tokenizer
     )
-    assert len(probe.questions) == 20
+    assert len(questions.questions) == 20
 
 
 @pytest.mark.parametrize(
     ("settings", "rows", "error", "message"),
     [
-        ({"schema": "hellaswag"}, ARC_ROWS, ValueError, r"expected the columns \['activity_label'.*found \['question'"),
+        ({"schema": "hellaswag"}, ARC_ROWS, ValueError, r"expected the columns \['activity_label'.*got \['question'"),
         (
             {"schema": "winogrande"},
             [WINOGRANDE_ROWS[0] | {"answer": ""}],
@@ -183,7 +183,7 @@ def test_what_cannot_be_asked_is_named(
     tiny_tokenizer: Any,
 ) -> None:
     with pytest.raises(error, match=message):
-        ZeroShotTask(**({"source": write(rows)} | settings)).probe(tiny_tokenizer)
+        ZeroShotTask(**({"source": write(rows)} | settings)).read(tiny_tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_an_answer_without_its_placeholder_is_refused() -> None:
         "datamodules.pipeline.prompts",
         "datamodules.pipeline.splits",
         "datamodules.pipeline.text",
-        "evaluation.choices",
+        "batches",
     ],
 )
 def test_examples_in_docstrings_hold(module: str) -> None:

@@ -1,4 +1,4 @@
-"""What is measured, whatever it is: sequences to score, and what their scores mean."""
+"""A held-out data set, whatever it is: token sequences to score, and what their scores mean."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from grit_lightning.forgetting.likelihood import TokenSequence
 
 
 @dataclass(frozen=True)
-class Probe(ABC):
+class HeldOutSet(ABC):
     """N units (blocks of text, questions) whose token sequences are scored before and after training.
 
     A metric is a sum of values over a sum of weights, both one a unit: nats over tokens, right answers over questions.
 
     Attributes:
-        name: How results are called.
+        name: What its results are called.
         sequences: What the model scores; a unit has one or several.
     """
 
@@ -45,33 +45,33 @@ class Probe(ABC):
 
     @property
     def size(self) -> Mapping[str, int]:
-        """How much is measured, for the record."""
+        """Return how much is measured, for summary.json."""
         return {f"{self.unit}s": len(self.weights)}
 
     @property
     def fingerprint(self) -> str:
-        """Tells two sets of sequences apart."""
+        """Return a hash that tells two sets of sequences apart."""
         return hashlib.sha256(repr(self.sequences).encode()).hexdigest()[:16]
 
-    def within(self, context: int) -> Probe:
-        """The same, with every sequence cut on the left to `context` tokens."""
+    def within(self, context: int) -> HeldOutSet:
+        """Return the same set with every sequence cut on the left to `context` tokens."""
         return replace(self, sequences=[sequence.last(context) for sequence in self.sequences])
 
     def describe(self, scores: Tensor) -> list[dict[str, Any]]:
-        """One line a unit for the file in the run's folder: the value of each metric."""
+        """Return a line a unit for the file in the run's folder: the value of each metric."""
         columns = {metric: values.tolist() for metric, values in self.values(scores).items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)
-class TextProbe(Probe):
+class TextBlocks(HeldOutSet):
     """Blocks of text; the metric `loss` is L_pt, in nats per token."""
 
     unit = "block"
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """One: the loss."""
+        """The loss alone."""
         return ("loss",)
 
     @property
@@ -80,15 +80,15 @@ class TextProbe(Probe):
         return torch.tensor([sequence.scored for sequence in self.sequences], dtype=torch.float64)
 
     def values(self, scores: Tensor) -> dict[str, Tensor]:
-        """Nats of each block, summed over its tokens."""
+        """Return the nats of each block, summed over its tokens."""
         return {"loss": -scores}
 
     @property
     def size(self) -> Mapping[str, int]:
-        """Blocks, and the tokens in them that are predicted."""
+        """The number of blocks, and of the tokens in them that are predicted."""
         return {**super().size, "tokens": int(self.weights.sum())}
 
     def describe(self, scores: Tensor) -> list[dict[str, Any]]:
-        """Nats and tokens of each block."""
+        """Return the nats and tokens of each block."""
         pairs = zip((-scores).tolist(), self.weights.tolist(), strict=True)
         return [{"nats": nats, "tokens": int(tokens)} for nats, tokens in pairs]

@@ -13,8 +13,8 @@ from grit_lightning.checkpoints.random_state import random_state, restore_random
 
 
 @contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule's mode and all random numbers are as they were.
+def evaluating_without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluate a module without gradients; afterwards its parts' modes and all random numbers are as they were.
 
     Args:
         module: What is evaluated.
@@ -34,7 +34,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The backbone without its adapter; afterwards the same parameters are trained as before.
+    """Switch the adapter off; afterwards the same parameters are trained as before.
 
     PEFT, on its own, would make all parameters of the active adapter trainable, also those that were frozen.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 
-from grit_lightning.forgetting.undisturbed import adapter_off, undisturbed
+from grit_lightning.forgetting.without_trace import adapter_off, evaluating_without_trace
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_random_numbers_modes_and_gradients_are_as_before(
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    with undisturbed(model, CPU):
+    with evaluating_without_trace(model, CPU):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
         draw()

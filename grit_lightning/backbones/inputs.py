@@ -1,0 +1,65 @@
+"""What a causal language model takes as its input: how many tokens, and which arguments."""
+
+from __future__ import annotations
+
+import inspect
+
+from peft import PeftModel
+from torch import nn
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model takes at most; None if its configuration does not say."""
+    length: int | None = getattr(model.config, "max_position_embeddings", None)
+    return length
+
+
+def require_context(model: nn.Module, tokens: int, what: str, settings: str) -> None:
+    """Check that a sequence fits a model's context.
+
+    Args:
+        model: The model.
+        tokens: Length of the sequence.
+        what: What the sequence is, for the message.
+        settings: What to lower if it is too long.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    context = context_length(model)
+    if context is not None and tokens > context:
+        raise ValueError(
+            f"Expected at most {context} tokens, the model's context, got {tokens} for {what}. Lower {settings}."
+        )
+
+
+def require_packing(model: nn.Module, rows: int) -> None:
+    """Check that a model keeps the documents apart that are packed into one row.
+
+    Args:
+        model: The model.
+        rows: Rows of the batch.
+
+    Raises:
+        ValueError: If it takes no `position_ids`, or its attention kernel would mix rows up.
+    """
+    if "position_ids" not in accepted_arguments(model):
+        raise ValueError(
+            f"The batch has position_ids, but {type(_base(model)).__name__} takes none, so that packed documents would attend "
+            "to each other. Put one document in a row, without position_ids: set data.packing to false."
+        )
+    kernel = getattr(model.config, "_attn_implementation", None) or ""
+    if "flash" in kernel and rows > 1:
+        raise ValueError(
+            f"{kernel} keeps packed documents apart only in batches of one row, this one has {rows}. Set the batch size to 1 "
+            "and accumulate, or set model.attn_implementation to sdpa."
+        )
+
+
+def accepted_arguments(model: nn.Module) -> frozenset[str]:
+    """Return the names of the arguments of a model's forward pass; those of its base for a PEFT model."""
+    return frozenset(inspect.signature(_base(model).forward).parameters)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,105 @@
+"""What a checkpoint of a `GritLitModule` holds beside Lightning's own, and what it refuses to load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from grit_lightning.accumulation_window import AccumulationWindow
+from grit_lightning.backbones.fingerprint import require_adapter, require_backbone
+from grit_lightning.checkpoints.random_state import random_state, restore_random_state
+from grit_lightning.checkpoints.reading import CHECKPOINT_FORMAT, CHECKPOINT_KEY, grit_entry
+from grit_lightning.checkpoints.trained_parameters import require_same_parameters
+from grit_lightning.distributed.collectives import gather_objects, process_count
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
+
+
+@dataclass
+class CheckpointPacker:
+    """Packs into a checkpoint what the next optimizer step depends on: geometry, random numbers, the window under way.
+
+    The backbone is never part of it, and the adapter is whole on every process, so that a checkpoint is one file of one
+    form, whatever strategy and number of processes it was written under. Descriptions of backbone and adapter go along, by
+    which a checkpoint of another model is refused before anything is loaded from it.
+
+    Attributes:
+        backbone: Fingerprint of the backbone, see `backbones.fingerprint`.
+        adapter: PEFT's configuration in plain values.
+        geometry: The geometry, or None without one.
+        window: The accumulation window.
+    """
+
+    backbone: dict[str, Any]
+    adapter: dict[str, Any]
+    geometry: RankSpaceGeometry | None
+    window: AccumulationWindow
+    _unpacked: dict[str, Any] | None = field(default=None, init=False)
+
+    def pack(self, checkpoint: dict[str, Any], trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        """Add our entry to a checkpoint; a collective.
+
+        Args:
+            checkpoint: What Lightning has gathered.
+            trained: The trained parameters, by name.
+            device: Whose random numbers are kept, beside those of the CPU.
+        """
+        checkpoint[CHECKPOINT_KEY] = {
+            "format_version": CHECKPOINT_FORMAT,
+            "backbone": self.backbone,
+            "adapter": self.adapter,
+            "geometry": None if self.geometry is None else self.geometry.state_dict(),
+            "ranks": None if self.geometry is None else self.geometry.ranks,
+            "random": gather_objects(random_state(device)),
+            "window": self.window.state_dict(trained),
+        }
+
+    def unpack(self, checkpoint: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+        """Check that a checkpoint fits this model, and only then restore the geometry. `resume` restores the rest.
+
+        Args:
+            checkpoint: The whole of it; Lightning's counts in it are changed to those of this number of processes.
+            trained: The trained parameters, by name.
+
+        Raises:
+            ValueError: If the checkpoint is not one of `GritLitModule`, of another format version, backbone or adapter.
+        """
+        saved = grit_entry(checkpoint)
+        require_backbone(saved["backbone"], self.backbone)
+        require_adapter(saved["adapter"], self.adapter)
+        require_same_parameters(trained, checkpoint["state_dict"])
+        if self.geometry is not None and saved["geometry"] is not None:
+            self.geometry.load_state_dict(saved["geometry"])
+        self._unpacked = {"random": saved["random"], "window": saved["window"]}
+        _count_batches_anew(checkpoint, len(saved["random"]), process_count())
+
+    def resume(self, trained: Mapping[str, nn.Parameter], device: torch.device, rank: int) -> None:
+        """Put random numbers and an unfinished window back where the last `unpack` found them; once.
+
+        To be called when nothing draws a random number any more before the next batch. Where the number of processes is
+        another one, each has its own random numbers.
+
+        Args:
+            trained: The trained parameters, by name.
+            device: Where the model is.
+            rank: Of this process.
+        """
+        unpacked, self._unpacked = self._unpacked, None
+        if unpacked is None:
+            return
+        self.window.load_state_dict(unpacked["window"], trained, device)
+        if len(unpacked["random"]) == process_count():
+            restore_random_state(unpacked["random"][rank], device)
+
+
+def _count_batches_anew(checkpoint: dict[str, Any], before: int, now: int) -> None:
+    """Turn Lightning's numbers of micro-batches a process into those of another number of processes."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loops.get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("total", {}), progress.get("current", {})):
+        if counts:  # the differences between them say where in a micro-batch the run is
+            shift = counts["ready"] * before // now - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})

@@ -1,0 +1,76 @@
+"""What `GritLitModule` asks of a data module; `TaskDataModule` and `MixtureDataModule` have it.
+
+None of it has to be there: any `LightningDataModule` trains, and is evaluated by its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import datasets
+from torchmetrics import MetricCollection
+from transformers import PreTrainedTokenizerBase
+
+
+@runtime_checkable
+class HasMaxLength(Protocol):
+    """A bound on what is trained on, which is compared with the model's context before the first step.
+
+    Attributes:
+        max_length: Tokens of the longest row; None for no bound.
+    """
+
+    max_length: int | None
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """Metrics of closed answers, updated with predicted classes and targets, int64 `[B]`."""
+
+    def metrics(self) -> MetricCollection | Mapping[str, MetricCollection | None] | None:
+        """Return the task's metrics; of a mixture those of each task, by its name; None without closed answers."""
+
+
+@runtime_checkable
+class HasTasks(Protocol):
+    """A mixture: several tasks, each with its own evaluation loader, in this order.
+
+    Attributes:
+        tasks: Data modules, by the name that their results are logged under.
+    """
+
+    tasks: Mapping[str, object]
+
+
+@runtime_checkable
+class GenerativeTask(Protocol):
+    """What evaluation by generated answers needs of a task.
+
+    Attributes:
+        tokenizer: Turns tokens into texts.
+        choices: Closed answers in class order; empty for free answers.
+        text_metrics: What answers are scored by, see `text_metrics.text_metrics`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    choices: Sequence[str]
+    text_metrics: Sequence[str]
+
+    def examples(self, split: Literal["train", "validation", "test"]) -> datasets.Dataset:
+        """Return the columns `reference`, `target` and `prompt_length` of a split, in the rows that a batch's `row` counts."""
+
+
+def tasks_of(datamodule: object) -> Mapping[str, object]:
+    """Return the tasks of a mixture by name; of anything else itself, under an empty name."""
+    return datamodule.tasks if isinstance(datamodule, HasTasks) else {"": datamodule}
+
+
+def evaluation_key(stage: str, task: str) -> str:
+    """Return what results are logged under: the stage, and in a mixture the task's name behind it.
+
+    Example:
+        >>> evaluation_key("val", ""), evaluation_key("val", "boolq")
+        ('val', 'val/boolq')
+    """
+    return f"{stage}/{task}" if task else stage
