@@ -1,10 +1,20 @@
-"""The shipped configurations, found by name: `demo`, `boolq`, `ablations/no_kfac`."""
+"""The shipped configurations, found by name: `demo`, `boolq`, `ablations/no_kfac`.
+
+A file may extend others by a key `extends` at its top, which holds a name or a list of names. Whoever gives
+
+    --config paper/boolq
+
+gives `--config shared/paper --config paper/boolq`: the extended file comes first, and the file is laid over it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
+
 FOLDER = Path(__file__).resolve().parent
+EXTENDS = "extends"
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -12,20 +22,54 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, folder: Path | str = "") -> Path:
     """Find a configuration.
 
     Args:
         name: A path to a file, or the name of a shipped configuration with or without `.yaml`. A file wins over a name.
+        folder: Where a relative path starts; the working folder if not given.
 
     Raises:
         FileNotFoundError: If it is neither; the message lists the shipped names.
     """
     shipped = shipped_configs()
-    if Path(name).is_file():
-        return Path(name)
+    if (path := Path(folder, name)).is_file():
+        return path
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise FileNotFoundError(
-        f"--config {name}: neither a file nor a shipped configuration. Shipped are: {', '.join(shipped)}."
-    )
+    raise FileNotFoundError(f"{name}: neither a file nor a shipped configuration. Shipped are: {', '.join(shipped)}.")
+
+
+def with_extended(path: Path) -> list[Path]:
+    """Return the files that a configuration extends, directly or through others, in the order to apply them, itself last.
+
+    Raises:
+        FileNotFoundError: If a file extends something that is not there.
+        ValueError: If a file extends itself, or `extends` is not made of names.
+    """
+    return _collect(path, ())
+
+
+def _collect(path: Path, extending: tuple[Path, ...]) -> list[Path]:
+    chain = (*extending, path.resolve())
+    if path.resolve() in extending:
+        raise ValueError(f"{path} extends itself: {' → '.join(map(str, chain))}. Take `extends` out of one of them.")
+    files: list[Path] = []
+    for name in _names(path):
+        try:
+            files += _collect(find_config(name, path.parent), chain)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} extends {error}") from error
+    return list(dict.fromkeys([*files, path]))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:  # which the parser says better, with the option's name
+        return []
+    given = content.get(EXTENDS, []) if isinstance(content, dict) else []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: extends is {given!r}, expected the name of a configuration or a list of names.")
+    return names

@@ -1,19 +1,18 @@
-"""One task a file over one shared base."""
+"""One task a file over one shared base. A new task is exported here by one line, and is then known everywhere."""
 
-from grit_lightning.datamodules.alpaca import AlpacaDataModule
-from grit_lightning.datamodules.base import TaskDataModule
-from grit_lightning.datamodules.boolq import BoolQDataModule
-from grit_lightning.datamodules.dolly import DollyDataModule
-from grit_lightning.datamodules.gsm8k import GSM8KDataModule
-from grit_lightning.datamodules.mixture import MixtureDataModule
-from grit_lightning.datamodules.qnli import QNLIDataModule
+from inspect import isabstract
 
-__all__ = [
-    "AlpacaDataModule",
-    "BoolQDataModule",
-    "DollyDataModule",
-    "GSM8KDataModule",
-    "MixtureDataModule",
-    "QNLIDataModule",
-    "TaskDataModule",
-]
+from grit_lightning.datamodules.alpaca import AlpacaDataModule as AlpacaDataModule  # `as`: exported
+from grit_lightning.datamodules.base import TaskDataModule as TaskDataModule
+from grit_lightning.datamodules.boolq import BoolQDataModule as BoolQDataModule
+from grit_lightning.datamodules.dolly import DollyDataModule as DollyDataModule
+from grit_lightning.datamodules.gsm8k import GSM8KDataModule as GSM8KDataModule
+from grit_lightning.datamodules.mixture import MixtureDataModule as MixtureDataModule
+from grit_lightning.datamodules.qnli import QNLIDataModule as QNLIDataModule
+
+TASKS: dict[str, type[TaskDataModule]] = {
+    exported.task_name.lower(): exported
+    for exported in list(globals().values())
+    if isinstance(exported, type) and issubclass(exported, TaskDataModule) and not isabstract(exported)
+}
+"""Every task by its name in small letters."""

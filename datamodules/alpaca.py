@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from grit_lightning.datamodules.base import TaskDataModule
+from grit_lightning.datamodules.pipeline.published import PublishedSplit
+from grit_lightning.datamodules.pipeline.task_table import Split
 
 
 class AlpacaDataModule(TaskDataModule):
@@ -22,7 +24,10 @@ class AlpacaDataModule(TaskDataModule):
     default_max_length = 2048
     default_invalid_rows = "skip"
     text_metrics = ("rouge", "bleu", "bertscore")
+    published: ClassVar[Mapping[Split, PublishedSplit]] = {
+        "train": PublishedSplit(52_002),
+    }
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """The column `output`."""
+        """Return the column `output`."""
         return str(row["output"])

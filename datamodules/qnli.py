@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from grit_lightning.datamodules.base import TaskDataModule
+from grit_lightning.datamodules.pipeline.published import PublishedSplit
+from grit_lightning.datamodules.pipeline.task_table import Split
 
 
 class QNLIDataModule(TaskDataModule):
@@ -17,9 +19,19 @@ class QNLIDataModule(TaskDataModule):
     default_template = "qnli"
     default_max_length = 512
     text_metrics = ("classification",)
+    published: ClassVar[Mapping[Split, PublishedSplit]] = {  # hashes of GLUE's dev.tsv, whose labels are words
+        "train": PublishedSplit(104_743),
+        "validation": PublishedSplit(
+            5_463,
+            {
+                "question": "6649ed00e3e96af2a82ae208c653ad3b7bd67b5b8f6e291d930b0f3bcd0021c4",
+                "sentence": "0e9e8a6832587ae422768cd42e5a6fa686f2761f28601fa56e3d699d85a208d3",
+            },
+        ),
+    }
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """Maps the column `label` to a choice: 0 or entailment is yes, 1 or not_entailment no."""
+        """Map the column `label` to a choice: 0 or entailment is yes, 1 or not_entailment no."""
         words = {"0": "yes", "entailment": "yes", "1": "no", "not_entailment": "no"}
         value = str(row["label"]).strip().lower()
         if value == "-1":

@@ -16,7 +16,7 @@ from grit_lightning.batches import IGNORED
 
 
 def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:
-    """Stacks rows of unequal length.
+    """Stack rows of unequal length.
 
     Args:
         rows: B tensors [T_i].
@@ -34,7 +34,7 @@ def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> T
 
 
 def answer_labels(row: Mapping[str, Any]) -> Tensor:
-    """Labels int64 [T] of an encoded row: its tokens, but -100 on the first `prompt_length`."""
+    """Return the labels int64 [T] of an encoded row: its tokens, but -100 on the first `prompt_length`."""
     labels = torch.tensor(row["input_ids"], dtype=torch.long)
     labels[: row["prompt_length"]] = IGNORED
     return labels
@@ -56,7 +56,7 @@ class Collator:
     choice_ids: Tensor | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Makes a batch.
+        """Make a batch.
 
         Args:
             rows: Each with `input_ids` (prompt, then answer) and `prompt_length`; for evaluation also `row` and `target`.

@@ -54,7 +54,7 @@ class PromptEncoder:
     append_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the settings against the tokenizer.
+        """Check the settings against the tokenizer.
 
         Raises:
             ValueError: No chat template though one was asked for, or `max_length` is beyond the tokenizer's maximum.
@@ -71,7 +71,7 @@ class PromptEncoder:
             )
 
     def encode(self, rows: Sequence[Mapping[str, str]], answers: Sequence[str]) -> list[EncodedRow]:
-        """Encodes rows together with their answers.
+        """Encode rows together with their answers.
 
         A row that is too long loses the end of the template's `truncate` column, never anything else. If that is not
         enough, it is returned empty with status "too_long".
@@ -90,7 +90,7 @@ class PromptEncoder:
         ]
 
     def answer_ids(self, answers: Sequence[str], append_eos: bool | None = None) -> list[list[int]]:
-        """Token ids of answers as they follow a prompt.
+        """Return the token ids of answers as they follow a prompt.
 
         Some tokenizers (SentencePiece) put an extra space token before any text. Each answer is therefore tokenised
         behind an anchor character which is cut off again, as far as the two do not merge.
@@ -114,7 +114,7 @@ class PromptEncoder:
         return [[*tokens, self.tokenizer.eos_token_id] for tokens in ids] if eos else ids
 
     def choice_ids(self, choices: Sequence[str]) -> Tensor:
-        """Token ids of closed answers, without end-of-sequence.
+        """Return the token ids of closed answers, without end-of-sequence.
 
         Args:
             choices: C answers.
@@ -143,7 +143,7 @@ class PromptEncoder:
         return EncodedRow(prompt + answer, len(prompt), status)
 
     def _shorten(self, row: Mapping[str, str], budget: int) -> list[int] | None:
-        """The longest prompt within the budget that keeps the beginning of the truncatable column."""
+        """Return the longest prompt within the budget that keeps the beginning of the truncatable column."""
         column = self.template.truncate
         if column is None or not row[column]:
             return None
@@ -166,7 +166,7 @@ class PromptEncoder:
         return str(chat)
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
-        """Prompts to ids, behind a begin-of-sequence token if the tokenizer sets one (chat templates write it)."""
+        """Turn prompts into ids, behind a begin-of-sequence token if the tokenizer sets one (chat templates write it)."""
         bos = self.tokenizer.bos_token_id
         leads = bos is not None and not self.use_chat_template and bos in self.tokenizer("").input_ids
         return [[bos, *ids] if leads else ids for ids in self._ids(prompts)]

@@ -25,16 +25,16 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: datasets.Dataset, lengths: Sequence[int]) -> None:
-        """Remembers which row is the shortest: it costs least as a filler."""
+        """Remember which row is the shortest: it costs least as a filler."""
         self.rows = rows
         self.shortest = min(range(len(lengths)), key=lengths.__getitem__)
 
     def __len__(self) -> int:
-        """Number of rows that count."""
+        """Return the number of rows that count."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns one row, with its `row`."""
+        """Return one row, with its `row`."""
         row: dict[str, Any] = self.rows[self.shortest if index == FILLER else index]
         return row | {"row": index}
 
@@ -51,11 +51,11 @@ class EvaluationSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, order: Sequence[int], num_replicas: int = 1, rank: int = 0) -> None:
-        """Keeps the order."""
+        """Keep the order."""
         super().__init__(order, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]  # it only asks the length
         self.order = order
 
     def __iter__(self) -> Iterator[int]:
-        """Iterates over the row numbers of this process, the same number in every process."""
+        """Iterate over the row numbers of this process, the same number in every process."""
         filled = [*self.order, *[FILLER] * (self.total_size - len(self.order))]
         return iter(filled[self.rank :: self.num_replicas])

@@ -11,13 +11,13 @@ import torch
 
 
 def shuffled(rows: int, seed: int) -> list[int]:
-    """Row numbers in the random order of a seed."""
+    """Return row numbers in the random order of a seed."""
     order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
 
 
 def bucketed(order: Sequence[int], lengths: Sequence[int], size: int, window: int, seed: int) -> list[int]:
-    """Sorts rows by length inside windows and shuffles the batches that this makes, so that they hold little padding.
+    """Sort rows by length inside windows and shuffle the batches that this makes, so that they hold little padding.
 
     Args:
         order: Row numbers, in an order that may be random already.
@@ -43,7 +43,7 @@ def bucketed(order: Sequence[int], lengths: Sequence[int], size: int, window: in
 
 
 def mixed(sizes: Sequence[int], shares: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """Draws the rows of an epoch from several tables, so many from each.
+    """Draw the rows of an epoch from several tables, so many from each.
 
     Each table is read through in one random order after another, and an epoch goes on where the one before stopped: over
     the epochs, no row of a table is drawn twice more often than another.
@@ -72,7 +72,7 @@ def mixed(sizes: Sequence[int], shares: Sequence[int], seed: int, epoch: int) ->
 
 
 def shares(weights: Sequence[float], rows: int) -> list[int]:
-    """Whole numbers in proportion to weights, that add up to a number of rows (largest remainders).
+    """Return whole numbers in proportion to weights that add up to a number of rows (largest remainders).
 
     Example:
         >>> shares([1, 1, 1], 10)
@@ -87,7 +87,7 @@ def shares(weights: Sequence[float], rows: int) -> list[int]:
 
 
 def _mix(*numbers: int) -> int:
-    """One seed out of several numbers, such that neighbours share no stream."""
+    """Make one seed out of several numbers, such that neighbours share no stream."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63

@@ -19,7 +19,7 @@ from grit_lightning.datamodules.pipeline.collate import answer_labels
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Shares documents out to rows: the longest first, each into the fullest row that has room for it (best fit).
+    """Share documents out to rows: the longest first, each into the fullest row that has room for it (best fit).
 
     Args:
         lengths: Tokens of each document, none above the capacity.
@@ -54,16 +54,16 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, rows: datasets.Dataset, lengths: Sequence[int], capacity: int) -> None:
-        """Decides what goes where; tokens are read when a row is asked for."""
+        """Decide what goes where; tokens are read when a row is asked for."""
         self.rows = rows
         self.packs = pack(lengths, capacity)
 
     def __len__(self) -> int:
-        """Number of packed rows."""
+        """Return the number of packed rows."""
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns `input_ids`, `labels` and `position_ids`, each int64 [T]."""
+        """Return `input_ids`, `labels` and `position_ids`, each int64 [T]."""
         documents = [self.rows[document] for document in self.packs[index]]
         return {
             "input_ids": torch.cat([torch.tensor(document["input_ids"]) for document in documents]),

@@ -26,6 +26,11 @@ import yaml  # type: ignore[import-untyped]
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
+def shipped_templates() -> list[str]:
+    """Return the names of all shipped templates, sorted."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """One way of writing a row down for a language model.
@@ -48,7 +53,7 @@ class PromptTemplate:
 
     @classmethod
     def load(cls, source: str) -> PromptTemplate:
-        """Reads a shipped template by its name, or a template file by its path.
+        """Read a shipped template by its name, or a template file by its path.
 
         Args:
             source: Name of a file in `datamodules/templates` without its ending, or the path of a YAML file.
@@ -61,7 +66,7 @@ class PromptTemplate:
         if not path.is_file():
             path = Path(source).expanduser()
         if not path.is_file():
-            shipped = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.yaml")))
+            shipped = ", ".join(shipped_templates())
             raise FileNotFoundError(
                 f"No prompt template {source!r}. Set `template` to the path of a YAML file or to one of: {shipped}."
             )
@@ -73,7 +78,7 @@ class PromptTemplate:
         return cls(**content, name=str(path))
 
     def check(self, columns: Collection[str]) -> None:
-        """Checks that the template only names what a row has.
+        """Check that the template only names what a row has.
 
         Args:
             columns: Columns of the task.
@@ -89,7 +94,7 @@ class PromptTemplate:
             raise ValueError(f"Template {self.name}: `answer` must hold {{answer}} and nothing else in braces.")
 
     def render(self, row: Mapping[str, str]) -> str:
-        r"""Writes the prompt of a row.
+        r"""Write the prompt of a row.
 
         Example:
             >>> PromptTemplate("Question: {question}?\nAnswer:").render({"question": "is ice cold"})

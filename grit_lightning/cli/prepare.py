@@ -1,4 +1,4 @@
-"""`grit prepare`: gets the data of a task, checks them against what was published, and writes them into a folder."""
+"""`grit prepare`: get the data of a task, check them against what was published, and write them into a folder."""
 
 from __future__ import annotations
 
@@ -6,31 +6,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import datasets
 from rich.console import Console
 from rich.table import Table
 
-from grit_lightning.datamodules import (
-    AlpacaDataModule,
-    BoolQDataModule,
-    DollyDataModule,
-    GSM8KDataModule,
-    QNLIDataModule,
-    TaskDataModule,
-)
-from grit_lightning.datamodules.pipeline.published import PUBLISHED, column_hash
+from grit_lightning.datamodules import TASKS
+from grit_lightning.datamodules.pipeline.published import column_hash
 from grit_lightning.datamodules.pipeline.sources import quiet
+from grit_lightning.datamodules.pipeline.task_table import Split
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder
-
-TASKS: dict[str, type[TaskDataModule]] = {
-    "alpaca": AlpacaDataModule,
-    "boolq": BoolQDataModule,
-    "dolly": DollyDataModule,
-    "gsm8k": GSM8KDataModule,
-    "qnli": QNLIDataModule,
-}
 
 
 class SplitCheck(NamedTuple):
@@ -54,15 +40,15 @@ class SplitCheck(NamedTuple):
         return self.published_rows not in (None, self.rows) or "differs" in self.hashes.values()
 
 
-def check_split(task: str, split: str, table: datasets.Dataset) -> SplitCheck:
-    """Compares a split with what is known of the published one.
+def check_split(task: str, split: Split, table: datasets.Dataset) -> SplitCheck:
+    """Compare a split with what is known of the published one.
 
     Args:
         task: Name of the task, in small letters.
         split: Name of the split.
         table: Its rows, in the hub's columns.
     """
-    known = PUBLISHED.get(task, {}).get(split)
+    known = TASKS[task].published.get(split)
     hashes = {}
     for column in TASKS[task].schema:
         expected = known.sha256.get(column) if known else None
@@ -74,7 +60,7 @@ def check_split(task: str, split: str, table: datasets.Dataset) -> SplitCheck:
 
 
 def prepare_task(task: str, source: str | None = None, output: Path | None = None) -> list[SplitCheck]:
-    """Gets all splits of a task, checks them and, if asked to, writes them as jsonl files.
+    """Get all splits of a task, check them and, if asked to, write them as jsonl files.
 
     Args:
         task: Name of the task, in small letters.
@@ -89,7 +75,7 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
     """
     folder = None if output is None else require_free_folder(output)
     table = TASKS[task]("", source).table  # its tokenizer is not asked for
-    splits = {split: rows for split in ("train", "validation", "test") if (rows := table.read(split)) is not None}
+    splits = {split: rows for split in get_args(Split) if (rows := table.read(split)) is not None}
     if not splits:
         raise FileNotFoundError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
     if folder is not None:

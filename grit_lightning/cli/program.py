@@ -13,6 +13,14 @@ from grit_lightning.cli.export import export_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run import GritCLI
 from grit_lightning.cli.terminal import one_line_errors, silence_known_noise
+<<<<<<< HEAD
+=======
+from grit_lightning.configs import EXTENDS, find_config, with_extended
+from grit_lightning.export.adapter import export_command
+from grit_lightning.module import GritLitModule
+from grit_lightning.runs.folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
+from grit_lightning.runs.metrics_log import JSONLinesLogger
+>>>>>>> h4
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval-harness": harness_command,
@@ -33,5 +41,252 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors():
         if command is None:
             GritCLI(words)
+<<<<<<< HEAD
         else:
             command(words[1:])
+=======
+
+
+class GritCLI(LightningCLI):
+    """LightningCLI with one run folder, shipped configurations and an evaluation before and after training.
+
+    Args:
+        words: Command-line words, the subcommand first.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        """Parse, build and run. A run that fails before its work begins leaves nothing behind."""
+        self.words = list(words)
+        self.folder = Path()
+        self.config_record: ConfigRecord | None = None
+        self.files_before: set[Path] = set()
+        usage = {"usage": "%(prog)s [--config NAME] [--help] [options]"}  # in full it buries the error that follows it
+        try:
+            super().__init__(
+                model_class=GritLitModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,  # ConfigRecord: atomic, and in the run folder whatever the loggers are
+                seed_everything_default=DEFAULT_SEED,
+                auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
+                load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
+                parser_kwargs={name: dict(usage) for name in self.subcommands()},
+            )
+        except BaseException:
+            self._leave_nothing_half_written()
+            raise
+
+    def _leave_nothing_half_written(self) -> None:
+        record = self.config_record
+        if record is None or record.path is None or record.training_began:
+            return
+        if not self._continues:
+            rank_zero_only(clear)(self.folder)
+        elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # set by Lightning
+            for path in filter(Path.is_file, set(run_files(self.folder)) - self.files_before):
+                path.unlink(missing_ok=True)  # TensorBoard opens a file when it is closed
+
+    # Parsing.
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build a parser whose `--config` knows the shipped configurations."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigByName, help="A YAML file, or the name of a shipped one.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run. Every subcommand takes all of them, so that one file serves all subcommands."""
+        help_of = {
+            "output": "Run folder. If not given: runs/<names of the configs>-seed<seed>.",
+            "overwrite": "Replace the run that the output folder already holds.",
+            "evaluate_before_fit": "fit: validate once before and once after training.",
+            "without": "Class names of callbacks to leave out, for ablations.",
+            "tokenizer": "Where the data module's tokenizer comes from, if not from the backbone.",
+        }
+        parser.add_argument("--output", type=str | None, default=None, help=help_of["output"])
+        for flag in ("overwrite", "evaluate_before_fit"):
+            parser.add_argument(f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=help_of[flag])
+        parser.add_argument("--without", type=list[str], default=[], help=help_of["without"])
+        parser.add_argument("--tokenizer", type=str | None, default=None, help=help_of["tokenizer"])
+        parser.set_defaults({"model": {"class_path": "grit_lightning.module.GritLitModule"}})
+        parser.link_arguments(("model.init_args.backbone", "tokenizer", "data"), "data.init_args.tokenizer", _tokenizer)
+        parser.link_arguments(("seed_everything", "data"), "data.init_args.seed", _data_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words, with the model settings of a checkpoint between the configuration files and the options."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--ckpt_path")
+        named = finder.parse_known_args(self.words)[0].ckpt_path
+        self.config = parser.parse_args(self._with_checkpoint(named))
+        in_a_file = self._settings.get("ckpt_path")
+        if in_a_file != named:
+            self.config = parser.parse_args(self._with_checkpoint(in_a_file))
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `parse_arguments` has done it. Lightning's lets the checkpoint win over the command line."""
+
+    def _with_checkpoint(self, checkpoint: str | None) -> list[str]:
+        if not checkpoint or not Path(checkpoint).is_file():
+            return self.words
+        end = 1
+        for position, word in enumerate(self.words):
+            if word in self.subcommands():
+                end = max(end, position + 1)
+            elif word.partition("=")[0] in ("-c", "--config"):
+                end = max(end, position + (1 if "=" in word else 2))
+        saved = json.dumps({"init_args": model_settings(Path(checkpoint))})
+        return [*self.words[:end], f"--model={saved}", *self.words[end:]]
+
+    @property
+    def _settings(self) -> Namespace:
+        settings: Namespace = self.config[self.config.subcommand]
+        return settings
+
+    # Building.
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder, before anything is built.
+
+        Raises:
+            FileNotFoundError: If there is no such checkpoint.
+            FileExistsError: If it already holds a run that is neither continued nor to be overwritten.
+            ValueError: If `without` names a callback that is not there, or the data module has a seed of its own.
+        """
+        checkpoint = self._settings.get("ckpt_path")
+        if checkpoint and checkpoint.endswith(".ckpt") and not Path(checkpoint).exists():
+            raise FileNotFoundError(f"--ckpt_path {checkpoint} does not exist.")
+        self._name_once()
+        self.folder = self._choose_folder()
+        self.files_before = set(run_files(self.folder))
+        if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
+            require_free(self.folder)
+        self.record = self._parser(self.subcommand).dump(self._settings, "yaml", False)  # nulls too
+        self._leave_out_callbacks()
+        _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
+
+    def after_instantiate_classes(self) -> None:
+        """Clear what is to be overwritten, now that the new settings have proved to build."""
+        if self._settings.overwrite and not (self._continues or self._settings.trainer.fast_dev_run):
+            rank_zero_only(clear)(self.folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Point everything that writes at the run folder, and add what every run has."""
+        given = self.config_init[self.subcommand].trainer
+        own = _as_list(given.callbacks)
+
+        def add(callback: Callback, unless: type[Any], wanted: bool = True) -> None:
+            if wanted and not any(isinstance(other, unless) for other in own):
+                own.append(callback)
+
+        table: Literal["fit_end", "evaluation_end"] = (
+            "evaluation_end" if self._settings.evaluate_before_fit else "fit_end"
+        )
+        add(RunRecord(str(self.folder), table), unless=RunRecord)
+        add(GenerationWriter(str(self.folder)), unless=GenerationWriter)
+        self.config_record = ConfigRecord(None if given.fast_dev_run else self.folder / CONFIG, self.record)
+        own.append(self.config_record)
+        if not given.barebones:
+            kwargs["logger"] = self._loggers(given.logger)
+            checkpoints = AdapterCheckpoint(self.folder / CHECKPOINTS)
+            wanted = given.enable_checkpointing is not False and not given.fast_dev_run
+            add(checkpoints, unless=Checkpoint, wanted=wanted)
+            add(GeometryProgressBar(), unless=ProgressBar, wanted=given.enable_progress_bar is not False)
+        trainer = super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+        make_atomic(trainer)
+        return trainer
+
+    def _loggers(self, given: Any) -> list[Logger]:
+        """TensorBoard unless other loggers are configured, and always metrics.jsonl; none for `logger: false`."""
+        if given is False:
+            return []
+        own = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
+        chosen = [own] if given is None or given is True else _as_list(given)
+        return [*chosen, JSONLinesLogger(self.folder)]
+
+    def _choose_folder(self) -> Path:
+        if chosen := self._settings.output or self._settings.trainer.default_root_dir:
+            return Path(chosen)
+        checkpoint = self._settings.get("ckpt_path")
+        if checkpoint and (folder := run_folder_of(Path(checkpoint))) is not None:
+            return folder
+        names = [Path(str(config)).stem for config in self._settings.config or [] if config is not None]
+        stage = "" if self.subcommand == "fit" else f"-{self.subcommand}"
+        # The same on every rank and every time: a clock in the name would give each process its own folder.
+        return RUNS / f"{'+'.join(names) or 'run'}-seed{self._settings.seed_everything}{stage}"
+
+    @property
+    def _continues(self) -> bool:
+        """Whether this resumes, or evaluates, the run that the folder holds."""
+        checkpoint = self._settings.get("ckpt_path")
+        if not checkpoint:
+            return False
+        return not Path(checkpoint).exists() or Path(checkpoint).resolve().is_relative_to(self.folder.resolve())
+
+    def _name_once(self) -> None:
+        """Keep backbone and seed from being recorded twice: a later `--model.backbone` must reach the tokenizer too."""
+        data = self._settings.data.get("init_args", {})
+        if data.get("tokenizer") not in (None, self._settings.tokenizer, self._settings.model.init_args.backbone):
+            self._settings.tokenizer = data["tokenizer"]
+        seed = self._settings.seed_everything
+        if not isinstance(seed, bool) and data.get("seed", seed) != seed:
+            raise ValueError(f"data.seed is {data['seed']}, but data take the seed of the run: set seed_everything.")
+
+    def _leave_out_callbacks(self) -> None:
+        configured = _as_list(self._settings.trainer.callbacks)
+        names = [callback.class_path.rpartition(".")[2] for callback in configured]
+        if unknown := sorted(set(self._settings.without) - set(names)):
+            raise ValueError(f"--without {unknown}: no such callback is configured. Configured are {names}.")
+        pairs = zip(configured, names, strict=True)
+        self._settings.trainer.callbacks = [callback for callback, name in pairs if name not in self._settings.without]
+
+    # Running.
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self._settings.evaluate_before_fit)
+
+    def before_fit(self) -> None:
+        """Measure the model as it is before training; a resumed run has done that."""
+        if self._evaluates and not self._settings.ckpt_path:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Measure the trained model."""
+        if self._evaluates:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+
+class ConfigByName(ActionConfigFile):
+    """`--config`: a path, or the name of a shipped configuration; what it extends is applied first."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Apply the files that the configuration extends, then itself; record itself alone."""
+        try:
+            *extended, path = with_extended(find_config(values))
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(f"--config {error}")
+        for file in (*extended, path):
+            super().__call__(parser, cfg, str(file), option_string)  # type: ignore[no-untyped-call]
+            cfg.pop(EXTENDS, None)
+        del cfg[self.dest][-1 - len(extended) : -1]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _tokenizer(backbone: Any, tokenizer: str | None, data: Any) -> Any:
+    return data.init_args.get("tokenizer") or tokenizer or backbone
+
+
+def _data_seed(seed: Any, data: Any) -> Any:
+    own = data.init_args.get("seed")
+    return seed if own in (None, DEFAULT_SEED) and not isinstance(seed, bool) else own
+
+
+def _forget_unused_loftq(adapter: Namespace | None) -> None:
+    """Drop a LoftQ section that nobody wrote: parsing spells out its defaults, and PEFT warns when it is not used."""
+    if adapter is not None and adapter.get("init_args") and adapter.init_args.get("init_lora_weights") != "loftq":
+        adapter.init_args.pop("loftq_config", None)
+>>>>>>> h4

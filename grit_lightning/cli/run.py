@@ -27,7 +27,7 @@ from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.step_timer import StepTimer
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import model_settings
-from grit_lightning.configs import find_config
+from grit_lightning.configs import EXTENDS, find_config, with_extended
 from grit_lightning.errors import InvalidValueError, MissingFileError
 from grit_lightning.module import GritLitModule
 from grit_lightning.runs.folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
@@ -253,15 +253,18 @@ class GritCLI(LightningCLI):
 
 
 class ConfigByName(ActionConfigFile):
-    """`--config`: a path, or the name of a shipped configuration."""
+    """`--config`: a path, or the name of a shipped configuration; what it extends is applied first."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Resolve the name, then apply the file."""
+        """Apply the files that the configuration extends, then itself; record itself alone."""
         try:
-            path = find_config(values)
-        except FileNotFoundError as error:
-            parser.error(str(error))
-        super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
+            *extended, path = with_extended(find_config(values))
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(f"--config {error}")
+        for file in (*extended, path):
+            super().__call__(parser, cfg, str(file), option_string)  # type: ignore[no-untyped-call]
+            cfg.pop(EXTENDS, None)
+        del cfg[self.dest][-1 - len(extended) : -1]
 
 
 def _as_list(value: Any) -> list[Any]:

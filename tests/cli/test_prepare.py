@@ -1,4 +1,8 @@
-"""`grit prepare`: what it writes, and how it tells a complete copy from a changed one."""
+"""`grit prepare`.
+
+A complete copy is written in the hub's columns and said to be one; a changed one ends with status 1. It knows every exported
+task by itself, and the hashes of each name columns that the task has; the real files agree with them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from typing import Any
 import datasets
 import pytest
 
-from grit_lightning.cli.prepare import TASKS, check_split, prepare_task
+from grit_lightning import datamodules
+from grit_lightning.cli.prepare import check_split, prepare_command, prepare_task
 from grit_lightning.cli.program import main
-from grit_lightning.datamodules.pipeline.published import PUBLISHED, PublishedSplit, column_hash
+from grit_lightning.datamodules import TASKS, GSM8KDataModule, TaskDataModule
+from grit_lightning.datamodules.pipeline.published import PublishedSplit, column_hash
 
 ROWS = [{"question": f"What is {n}? ", "answer": f"It is {n}.\n#### {n}"} for n in range(5)]
 
@@ -36,7 +42,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, PublishedSplit]:
         "train": PublishedSplit(5, {"question": hashlib.sha256(questions.encode()).hexdigest()}),
         "test": PublishedSplit(2),
     }
-    monkeypatch.setitem(PUBLISHED, "gsm8k", known)
+    monkeypatch.setattr(GSM8KDataModule, "published", known)
     return known
 
 
@@ -77,12 +83,21 @@ def test_without_a_network_it_says_what_to_download(capsys: pytest.CaptureFixtur
     assert "hf download databricks/databricks-dolly-15k --repo-type dataset" in capsys.readouterr().err
 
 
+def test_every_exported_task_can_be_prepared(capsys: pytest.CaptureFixture[str]) -> None:
+    exported = [item for item in vars(datamodules).values() if isinstance(item, type)]
+    tasks = {item for item in exported if issubclass(item, TaskDataModule)} - {TaskDataModule}
+    assert len(tasks) >= 5
+    assert set(TASKS.values()) == tasks
+    with pytest.raises(SystemExit):
+        prepare_command(["--help"])
+    assert f"--task {{{','.join(sorted(TASKS))}}}" in capsys.readouterr().out
+
+
 def test_hashes_are_those_of_the_columns_that_tasks_have() -> None:
-    assert PUBLISHED.keys() == TASKS.keys()
-    for task, splits in PUBLISHED.items():
-        assert splits.keys() <= {"train", "validation", "test"}
-        for split in splits.values():
-            assert split.sha256.keys() <= set(TASKS[task].schema)
+    for task in TASKS.values():
+        assert task.published.keys() == set(task.hub_splits)
+        for split in task.published.values():
+            assert split.sha256.keys() <= set(task.schema)
 
 
 def test_an_unknown_split_is_not_checked() -> None:

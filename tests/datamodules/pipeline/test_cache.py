@@ -12,7 +12,7 @@ import pytest
 
 from grit_lightning.datamodules import TaskDataModule
 from grit_lightning.datamodules.pipeline.token_cache import content_hash
-from grit_lightning.datamodules.pipeline.tokenized import RowReader
+from grit_lightning.datamodules.pipeline.tokenized import RowEncoder
 
 TaskCase = Any  # of conftest.py
 Make = Callable[..., TaskDataModule]
@@ -22,13 +22,13 @@ Make = Callable[..., TaskDataModule]
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was tokenised, in order."""
     calls: list[str] = []
-    read = RowReader.read
+    read = RowEncoder.encode_table
 
-    def counted(self: RowReader, *args: Any) -> Any:
+    def counted(self: RowEncoder, *args: Any) -> Any:
         calls.append(self.where)
         return read(self, *args)
 
-    monkeypatch.setattr(RowReader, "read", counted)
+    monkeypatch.setattr(RowEncoder, "encode_table", counted)
     return calls
 
 
@@ -165,14 +165,14 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_setting(
 
 def _prepare(module: TaskDataModule, barrier: Any, results: Any) -> None:
     calls = 0
-    read = RowReader.read
+    read = RowEncoder.encode_table
 
-    def counted(self: RowReader, *args: Any) -> Any:
+    def counted(self: RowEncoder, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         return read(self, *args)
 
-    RowReader.read = counted  # type: ignore[method-assign]  # of this process
+    RowEncoder.encode_table = counted  # type: ignore[method-assign]  # of this process
     barrier.wait()
     module.setup("fit")
     results.put((calls, module.examples("train").to_list()))

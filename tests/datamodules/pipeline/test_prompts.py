@@ -1,21 +1,39 @@
+"""Prompt templates.
+
+Shipped ones belong to a task, name only columns that it has, and read as their authors wrote them; a chat template without
+wording of its own gets the plain one. Unknown names, files that are no template, and placeholders that are no column are
+refused with what was found. The examples in the docstrings of the pipeline hold.
+"""
+
 from __future__ import annotations
 
 import doctest
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from grit_lightning.cli.prepare import TASKS
-from grit_lightning.datamodules.pipeline.prompts import TEMPLATES, PromptTemplate
-
-SHIPPED = {name + ending: task for name, task in TASKS.items() for ending in ("", "_instruct")}
+from grit_lightning.datamodules import TASKS, BoolQDataModule
+from grit_lightning.datamodules.pipeline.prompts import PromptTemplate, shipped_templates
 
 
 def test_every_shipped_template_names_only_columns_of_its_task() -> None:
-    assert {path.stem for path in TEMPLATES.glob("*.yaml")} == set(SHIPPED)
-    for name, task in SHIPPED.items():
-        PromptTemplate.load(name).check(task.schema)
+    assert set(TASKS) <= set(shipped_templates())
+    for name in shipped_templates():
+        PromptTemplate.load(name).check(TASKS[name.removesuffix("_instruct")].schema)
+
+
+def test_a_chat_has_wording_of_its_own_only_if_the_task_ships_it(tiny_tokenizer: Any) -> None:
+    class Other(BoolQDataModule):
+        default_template = "gsm8k"
+
+    class Bare(BoolQDataModule):
+        default_template = "bare"
+
+    assert Other(tiny_tokenizer).template == "gsm8k"
+    assert Other(tiny_tokenizer, use_chat_template=True).template == "gsm8k_instruct"
+    assert Bare(tiny_tokenizer, use_chat_template=True).template == "bare"
 
 
 def test_boolq_prompt_reads_as_in_the_harness() -> None:

