@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
@@ -95,7 +96,7 @@ class ScheduledCallback(Callback):
     def _require(self, setting: str, holds: bool, expected: str, got: object) -> None:
         """Raise ValueError unless a setting is as expected."""
         if not holds:
-            raise ValueError(f"{type(self).__name__}.{setting} must {expected}, got {got!r}.")
+            raise InvalidValueError(f"{type(self).__name__}.{setting} must {expected}, got {got!r}.")
 
 
 def one_of(names: Iterable[str]) -> str:

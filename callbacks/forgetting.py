@@ -17,6 +17,7 @@ from grit_lightning.backbones.inputs import context_length, require_context
 from grit_lightning.backbones.loading import load_tokenizer
 from grit_lightning.callbacks.base import ScheduledCallback
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.forgetting.change import mean_change
 from grit_lightning.forgetting.held_out import HeldOutSet, TextBlocks
 from grit_lightning.forgetting.likelihood import log_likelihoods
@@ -85,16 +86,18 @@ class ForgettingProbe(ScheduledCallback):
             ("batch_size", batch_size, 1),
         ):
             if value is not None and value < least:
-                raise ValueError(f"ForgettingProbe.{name} must be an integer ≥ {least}, got {value}.")
+                raise InvalidValueError(f"ForgettingProbe.{name} must be an integer ≥ {least}, got {value}.")
         if not 0.0 < confidence < 1.0:
-            raise ValueError(f"ForgettingProbe.confidence must lie in (0, 1), got {confidence}.")
+            raise InvalidValueError(f"ForgettingProbe.confidence must lie in (0, 1), got {confidence}.")
         self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
         self.zero_shot = [ZeroShotTask(**task) if isinstance(task, Mapping) else task for task in zero_shot or []]
         names = [text.label for text in self.texts] + [task.label for task in self.zero_shot]
         if not names:
-            raise ValueError("ForgettingProbe measures nothing: give it texts, zero_shot tasks, or both.")
+            raise InvalidValueError("ForgettingProbe measures nothing: give it texts, zero_shot tasks, or both.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"ForgettingProbe has several data sets called {', '.join(twice)}: set their `name`.")
+            raise InvalidValueError(
+                f"ForgettingProbe has several data sets called {', '.join(twice)}: set their `name`."
+            )
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.batch_size = batch_size
@@ -192,7 +195,7 @@ class ForgettingProbe(ScheduledCallback):
             return
         for name, fingerprint in self._fingerprints.items():
             if state_dict["fingerprints"].get(name, fingerprint) != fingerprint:
-                raise ValueError(
+                raise InvalidValueError(
                     f"ForgettingProbe: what {name} measures is not what the checkpoint has measured before training. "
                     "Set its source, block_size, max_blocks or limit, and the tokenizer, as they were; or rename it."
                 )

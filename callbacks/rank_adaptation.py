@@ -11,6 +11,7 @@ import torch
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.rank_proposal import RankGuards
 from grit_lightning.geometry.rank_rules import RANK_RULES, RankRule, Scope
 from grit_lightning.geometry.rank_selection import RankSelector
@@ -145,12 +146,12 @@ class RankAdaptation(GeometryCallback):
         """
         largest = max(group.r for group in geometry.groups)
         if self.min_rank > largest:
-            raise ValueError(
+            raise InvalidValueError(
                 f"RankAdaptation.min_rank is {self.min_rank}, but the adapter's rank is {largest}: "
                 f"set min_rank to at most {largest}."
             )
         if self.min_samples is not None and self.min_samples < geometry.config.kfac_min_samples:
-            raise ValueError(
+            raise InvalidValueError(
                 f"RankAdaptation.min_samples is {self.min_samples}, but the geometry changes no layer before "
                 f"{geometry.config.kfac_min_samples} tokens: raise it, or lower model.geometry.kfac_min_samples."
             )

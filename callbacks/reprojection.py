@@ -11,6 +11,7 @@ import torch
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.geometry.reprojection_triggers import TRIGGERS, TriggerSettings
 
@@ -114,7 +115,7 @@ class Reprojection(GeometryCallback):
         """
         largest = max(group.r for group in geometry.groups)
         if self.k is not None and self.k > largest:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Reprojection.k (reprojection_k) is {self.k}, but the adapter's rank is {largest}: "
                 f"set k to at most {largest}, or raise adapter.r."
             )

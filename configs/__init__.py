@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from grit_lightning.errors import InvalidValueError, MissingFileError
+
 FOLDER = Path(__file__).resolve().parent
 EXTENDS = "extends"
 
@@ -37,7 +39,7 @@ def find_config(name: str, folder: Path | str = "") -> Path:
         return path
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise FileNotFoundError(f"{name}: neither a file nor a shipped configuration. Shipped are: {', '.join(shipped)}.")
+    raise MissingFileError(f"{name}: neither a file nor a shipped configuration. Shipped are: {', '.join(shipped)}.")
 
 
 def with_extended(path: Path) -> list[Path]:
@@ -53,13 +55,15 @@ def with_extended(path: Path) -> list[Path]:
 def _collect(path: Path, extending: tuple[Path, ...]) -> list[Path]:
     chain = (*extending, path.resolve())
     if path.resolve() in extending:
-        raise ValueError(f"{path} extends itself: {' → '.join(map(str, chain))}. Take `extends` out of one of them.")
+        raise InvalidValueError(
+            f"{path} extends itself: {' → '.join(map(str, chain))}. Take `extends` out of one of them."
+        )
     files: list[Path] = []
     for name in _names(path):
         try:
             files += _collect(find_config(name, path.parent), chain)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} extends {error}") from error
+            raise MissingFileError(f"{path} extends {error}") from error
     return list(dict.fromkeys([*files, path]))
 
 
@@ -71,5 +75,7 @@ def _names(path: Path) -> list[str]:
     given = content.get(EXTENDS, []) if isinstance(content, dict) else []
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: extends is {given!r}, expected the name of a configuration or a list of names.")
+        raise InvalidValueError(
+            f"{path}: extends is {given!r}, expected the name of a configuration or a list of names."
+        )
     return names

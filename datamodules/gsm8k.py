@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.errors import InvalidValueError
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _RESULT = re.compile(r"^#### *\S", re.MULTILINE)
@@ -68,7 +69,7 @@ class GSM8KDataModule(TaskDataModule):
         """Return the column `answer`, which has to end in its number."""
         text = str(row["answer"])
         if not _RESULT.search(text):
-            raise ValueError(f"answer {text[-40:]!r} has no line '#### <number>'")
+            raise InvalidValueError(f"answer {text[-40:]!r} has no line '#### <number>'")
         return text if self.calculator_annotations else _ANNOTATION.sub("", text)
 
     def answer_settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from grit_lightning.datamodules.pipeline.resumable import (
     ResumableSampler,
     loader_options,
 )
+from grit_lightning.errors import InvalidValueError
 
 Task = Callable[[str | PreTrainedTokenizerBase], TaskDataModule]
 """A data module class, or anything else that makes a data module from a tokenizer."""
@@ -69,9 +70,11 @@ class MixtureDataModule(ResumableDataModule):
         """
         super().__init__()
         if not tasks or (weights is not None and (len(weights) != len(tasks) or min(weights) <= 0)):
-            raise ValueError(f"Expected tasks and one positive weight for each, got {len(tasks)} tasks and {weights}.")
+            raise InvalidValueError(
+                f"Expected tasks and one positive weight for each, got {len(tasks)} tasks and {weights}."
+            )
         if min(batch_size, 1 if rows_per_epoch is None else rows_per_epoch) < 1:
-            raise ValueError(f"Expected numbers of at least 1, got {batch_size=}, {rows_per_epoch=}.")
+            raise InvalidValueError(f"Expected numbers of at least 1, got {batch_size=}, {rows_per_epoch=}.")
         self.weights = weights
         self.rows_per_epoch = rows_per_epoch
         self.batch_size = batch_size
@@ -84,7 +87,7 @@ class MixtureDataModule(ResumableDataModule):
             self._add(task)
         if len({task.packing for task in self.tasks.values()}) > 1:
             packs = {name: task.packing for name, task in self.tasks.items()}
-            raise ValueError(f"Either all tasks of a mixture pack or none, got packing={packs}.")
+            raise InvalidValueError(f"Either all tasks of a mixture pack or none, got packing={packs}.")
 
     def _add(self, task: TaskDataModule) -> None:
         name = task.task_name.lower()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.errors import InvalidValueError
 
 
 class QNLIDataModule(TaskDataModule):
@@ -35,7 +36,7 @@ class QNLIDataModule(TaskDataModule):
         words = {"0": "yes", "entailment": "yes", "1": "no", "not_entailment": "no"}
         value = str(row["label"]).strip().lower()
         if value == "-1":
-            raise ValueError("label -1 marks a row of GLUE's test split, whose labels are not public")
+            raise InvalidValueError("label -1 marks a row of GLUE's test split, whose labels are not public")
         if value not in words:
-            raise ValueError(f"label {row['label']!r} is none of 0/1, entailment/not_entailment")
+            raise InvalidValueError(f"label {row['label']!r} is none of 0/1, entailment/not_entailment")
         return words[value]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_lightning.distributed.collectives import process_count, sum_over_processes
+from grit_lightning.errors import DivergedError, InvalidValueError
 
 
 class ClosedWindow(NamedTuple):
@@ -113,12 +114,12 @@ def _require_learnable(losses: Tensor, gradients: list[Tensor], step: int, scale
     others = " of all processes" if process_count() > 1 else ""
     if not math.isfinite(loss) or not (math.isfinite(length) or scaled):
         what = "loss" if not math.isfinite(loss) else f"gradient{others} is not finite, the loss"
-        raise FloatingPointError(
+        raise DivergedError(
             f"The training {what} is {losses[:, 0].tolist()} at optimizer step {step}. Nothing of this step was applied. "
             "Lower the learning rate, set trainer.gradient_clip_val, or use bfloat16 instead of float16."
         )
     if learnt == 0 and length == 0.0:
-        raise ValueError(
+        raise InvalidValueError(
             f"None of the {len(losses)} micro-batches of optimizer step {step} has a label token, so there is nothing to "
             "learn. Look at the labels (−100 where nothing is learnt), or raise data.max_length if answers were cut off."
         )

@@ -25,6 +25,7 @@ from grit_lightning.checkpoints.plain_values import to_plain_values
 from grit_lightning.checkpoints.trained_parameters import load_trained_state, trained_parameters, trained_state
 from grit_lightning.distributed.collectives import sum_over_processes
 from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.evaluation.choices import choice_scores
 from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
 from grit_lightning.evaluation.datamodule_protocols import HasMaxLength, HasTasks, evaluation_key
@@ -86,7 +87,7 @@ class GritLitModule(pl.LightningModule):
         """Remember the recipe; nothing is loaded before `configure_model`."""
         super().__init__()
         if not 0.0 <= warmup_fraction <= 1.0:
-            raise ValueError(f"Expected model.warmup_fraction in [0, 1], got {warmup_fraction}.")
+            raise InvalidValueError(f"Expected model.warmup_fraction in [0, 1], got {warmup_fraction}.")
         self.adapter_config = get_peft_config(dict(adapter)) if isinstance(adapter, Mapping) else adapter
         self.geometry_config = GeometryConfig(**geometry) if isinstance(geometry, Mapping) else geometry
         self.optimizer_factory = optimizer

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.moments import carry_moments
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
@@ -61,9 +62,9 @@ class GeometryAdam(Optimizer):
         """Check the settings; the geometry comes later, with `bind`."""
         name = type(self).__name__
         if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"{name}: expected lr, eps and weight_decay ≥ 0, got {lr}, {eps}, {weight_decay}.")
+            raise InvalidValueError(f"{name}: expected lr, eps and weight_decay ≥ 0, got {lr}, {eps}, {weight_decay}.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"{name}.betas: expected numbers in [0, 1), got {betas}.")
+            raise InvalidValueError(f"{name}.betas: expected numbers in [0, 1), got {betas}.")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self._geometry: RankSpaceGeometry | None = None
         self._where: dict[Tensor, Location] = {}

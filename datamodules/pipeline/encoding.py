@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import pad
 from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.errors import InvalidValueError
 
 Status = Literal["whole", "truncated", "too_long", "invalid"]
 """How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""
@@ -60,12 +61,12 @@ class PromptEncoder:
             ValueError: No chat template though one was asked for, or `max_length` is beyond the tokenizer's maximum.
         """
         if self.use_chat_template and not self.tokenizer.chat_template:
-            raise ValueError(
+            raise InvalidValueError(
                 f"use_chat_template=True, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template. "
                 "Use the instruct variant of the backbone or set use_chat_template=False."
             )
         if self.max_length > self.tokenizer.model_max_length:
-            raise ValueError(
+            raise InvalidValueError(
                 f"max_length={self.max_length} exceeds the {self.tokenizer.model_max_length} tokens that the tokenizer "
                 f"{self.tokenizer.name_or_path!r} allows. Lower max_length."
             )
@@ -127,7 +128,7 @@ class PromptEncoder:
         """
         ids = self.answer_ids(choices, append_eos=False)
         if len({tuple(tokens) for tokens in ids}) < len(ids) or not all(ids):
-            raise ValueError(
+            raise InvalidValueError(
                 f"The tokenizer {self.tokenizer.name_or_path!r} does not tell the answers {list(choices)} apart: {ids}."
             )
         return pad([torch.tensor(tokens) for tokens in ids], IGNORED, "right")

@@ -23,6 +23,8 @@ from string import Formatter
 
 import yaml  # type: ignore[import-untyped]
 
+from grit_lightning.errors import InvalidValueError, MissingFileError
+
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
@@ -67,14 +69,16 @@ class PromptTemplate:
             path = Path(source).expanduser()
         if not path.is_file():
             shipped = ", ".join(shipped_templates())
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"No prompt template {source!r}. Set `template` to the path of a YAML file or to one of: {shipped}."
             )
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         known = set(cls.__dataclass_fields__) - {"name"}
         if not isinstance(content, dict) or "prompt" not in content or not set(content) <= known:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path}: expected a mapping with `prompt` and any of {sorted(known)}, found {found}.")
+            raise InvalidValueError(
+                f"{path}: expected a mapping with `prompt` and any of {sorted(known)}, found {found}."
+            )
         return cls(**content, name=str(path))
 
     def check(self, columns: Collection[str]) -> None:
@@ -89,9 +93,11 @@ class PromptTemplate:
         used = {name for text in (self.prompt, *self.prompt_without.values()) for name in _placeholders(text)}
         used |= {*self.prompt_without, *([self.truncate] if self.truncate else [])}
         if unknown := sorted(used - set(columns)):
-            raise ValueError(f"Template {self.name} names {unknown}; the columns of the task are {sorted(columns)}.")
+            raise InvalidValueError(
+                f"Template {self.name} names {unknown}; the columns of the task are {sorted(columns)}."
+            )
         if _placeholders(self.answer) != {"answer"}:
-            raise ValueError(f"Template {self.name}: `answer` must hold {{answer}} and nothing else in braces.")
+            raise InvalidValueError(f"Template {self.name}: `answer` must hold {{answer}} and nothing else in braces.")
 
     def render(self, row: Mapping[str, str]) -> str:
         r"""Write the prompt of a row.

@@ -15,6 +15,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from grit_lightning.errors import InvalidValueError
+
 
 class ResumableSampler(DistributedSampler[Any]):
     """A DistributedSampler whose next pass can skip the first rows of its epoch, and whose order can be any.
@@ -105,7 +107,7 @@ class ResumableLoader(DataLoader[Any]):
                 for name, value in order.items()
                 if state_dict["order"].get(name) != value
             ]
-            raise ValueError(
+            raise InvalidValueError(
                 f"The checkpoint was written after {state_dict['batches']} of {state_dict['of']} batches of epoch "
                 f"{state_dict['epoch']}, and the rest of that epoch would now be other rows: {', '.join(changes)}. Set them "
                 "back, or resume from a checkpoint written at the end of an epoch."

@@ -16,6 +16,8 @@ from typing import Any
 
 import datasets
 
+from grit_lightning.errors import DownloadError, InvalidValueError, MissingFileError
+
 READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -42,24 +44,26 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
     """
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"Data file {file} does not exist. Set `source` to a folder or file that does.")
+            raise MissingFileError(f"Data file {file} does not exist. Set `source` to a folder or file that does.")
         if file.suffix not in READERS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{file}: cannot read {file.suffix or 'a file without an ending'}; use {', '.join(READERS)}."
             )
     if not any(file.stat().st_size for file in files):
-        raise ValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
+        raise InvalidValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
     if len(kinds := {file.suffix for file in files}) > 1:
-        raise ValueError(f"{files[0].parent}: one split mixes file types {sorted(kinds)}. Set `source` to one file.")
+        raise InvalidValueError(
+            f"{files[0].parent}: one split mixes file types {sorted(kinds)}. Set `source` to one file."
+        )
     kind, options = READERS[files[0].suffix]
     with quiet():
         try:
             builder = datasets.load_dataset_builder(kind, data_files={"train": list(map(str, files))}, **options)
             builder.download_and_prepare()
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise ValueError(_what_is_wrong(files, error)) from error
+            raise InvalidValueError(_what_is_wrong(files, error)) from error
     if not builder.info.splits or not builder.info.splits.total_num_examples:
-        raise ValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
+        raise InvalidValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
     return builder.as_dataset(split="train")
 
 
@@ -82,7 +86,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
         FileNotFoundError: `source` does not exist, or is a folder without data files.
     """
     if not source.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Data source {str(source)!r} does not exist. Set `source` to a folder with split files, to one file "
             f"({', '.join(READERS)}), to pypi:<package>, or leave it out to use the hub."
         )
@@ -92,7 +96,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
         root = source / config if config and (source / config).is_dir() else source
         files = sorted(file for file in root.rglob("*") if file.suffix in READERS and not file.name.startswith("."))
         if not files:
-            raise FileNotFoundError(f"Folder {source} holds no data file ({', '.join(READERS)}). Change `source`.")
+            raise MissingFileError(f"Folder {source} holds no data file ({', '.join(READERS)}). Change `source`.")
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen and split == "train" and len(files) == 1 and _split_of(files[0]) is None:
         chosen = files
@@ -130,7 +134,7 @@ def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = Fals
             return datasets.load_dataset(hub_id, config, split=split, streaming=streaming)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # all network errors are OSErrors
             folder = hub_id.rpartition("/")[2]
-            raise ConnectionError(
+            raise DownloadError(
                 f"Could not get {hub_id} ({split}) from the hub: {error}. Where there is a network, run\n"
                 f"    hf download {hub_id} --repo-type dataset --local-dir {folder}\n"
                 f"copy the folder here and set `source` to it."

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import datasets
 
 from grit_lightning.datamodules.pipeline.orders import shuffled
+from grit_lightning.errors import InvalidValueError
 
 
 def draw(rows: int, limit: int | None, seed: int) -> list[int]:
@@ -67,7 +68,7 @@ def select_columns(
     """
     names = {column: columns.get(column, column) for column in schema}
     if len(set(names.values())) < len(names):
-        raise ValueError(f"{where}: two columns of the task come from one, {names}. Change `columns`.")
+        raise InvalidValueError(f"{where}: two columns of the task come from one, {names}. Change `columns`.")
     found = table.column_names
     if missing := [name for name in names.values() if name not in found]:
         glued = next((delimiter for delimiter in "\t;,|" if len(found) == 1 and delimiter in found[0]), None)
@@ -76,6 +77,6 @@ def select_columns(
             if glued
             else "If it has another name there, set `columns` to a mapping from the task's name to that one."
         )
-        raise ValueError(f"{where}: column {', '.join(map(repr, missing))} is missing; found {found}. {hint}")
+        raise InvalidValueError(f"{where}: column {', '.join(map(repr, missing))} is missing; found {found}. {hint}")
     kept = table.select_columns(list(names.values()))
     return kept.rename_columns({name: column for column, name in names.items() if name != column})

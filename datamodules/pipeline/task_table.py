@@ -13,6 +13,7 @@ import datasets
 from grit_lightning.backbones.sources import PYPI_PREFIX, package_folder
 from grit_lightning.datamodules.pipeline.sources import find_files, read_hub, read_local
 from grit_lightning.datamodules.pipeline.splits import draw, hold_out, select_columns
+from grit_lightning.errors import InvalidValueError, MissingFileError
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class TaskTable:
         home = split if self.has(split) else "train"
         table = self.read(home)
         if table is None:
-            raise FileNotFoundError(f"{self.where(split)}: there is no such split. Change `source`.")
+            raise MissingFileError(f"{self.where(split)}: there is no such split. Change `source`.")
         where = self.where(home)
         table = select_columns(table, self.schema, self.columns, where)
         numbers: Sequence[int] = range(len(table))
@@ -85,7 +86,7 @@ class TaskTable:
             numbers = parts[["train", *missing].index(split)]
             log.info("%s: %d of %d rows are the %s split", where, len(numbers), len(table), split)
         if not numbers:
-            raise ValueError(f"{where}: the data is empty, expected rows with {list(self.schema)}.")
+            raise InvalidValueError(f"{where}: the data is empty, expected rows with {list(self.schema)}.")
         numbers = [numbers[i] for i in draw(len(numbers), limit, seed)]
         return Rows(table.select(numbers), numbers, where)
 
@@ -104,7 +105,7 @@ class TaskTable:
         package = self.source.removeprefix(PYPI_PREFIX)
         if package not in self.packages:
             known = [f"{PYPI_PREFIX}{name}" for name in self.packages]
-            raise ValueError(
+            raise InvalidValueError(
                 f"source: expected one of the packages that ship {self.task}, {known}, got {self.source!r}."
             )
         return self.packages[package](package_folder(self.source, "source"), split)

@@ -19,6 +19,8 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from grit_lightning.errors import FileAccessError
+
 _ROWS_AT_ONCE = 1000
 
 
@@ -48,7 +50,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
                     file.unlink()
             make(file)
     except OSError as error:
-        raise type(error)(
+        raise FileAccessError(
             f"Cannot keep token ids in {folder}: {error}. Set `cache_dir` to a folder that can be written."
         ) from error
     return datasets.Dataset.from_file(str(file))

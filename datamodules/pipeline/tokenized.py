@@ -19,6 +19,7 @@ from grit_lightning.datamodules.pipeline.encoding import EncodedRow, PromptEncod
 from grit_lightning.datamodules.pipeline.sources import quiet
 from grit_lightning.datamodules.pipeline.text import normalise
 from grit_lightning.datamodules.pipeline.token_cache import content_hash, settings_hash, tokenizer_hash
+from grit_lightning.errors import InvalidValueError
 
 FORMAT = 1
 """Version of what this module writes for the same rows and settings: raise it when that changes."""
@@ -135,14 +136,14 @@ class RowEncoder:
         try:
             for column, value in row.items():
                 if not _text(value).strip() and column not in self.encoder.template.prompt_without:
-                    raise ValueError(f"column {self.names.get(column, column)!r} is empty")
+                    raise InvalidValueError(f"column {self.names.get(column, column)!r} is empty")
             answer = self.answer(row)
             if self.choices and answer not in self.choices:
-                raise ValueError(f"answer {answer!r} is none of {list(self.choices)}")
+                raise InvalidValueError(f"answer {answer!r} is none of {list(self.choices)}")
         except ValueError as error:
             if self.invalid_rows == "skip":
                 return None
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
             ) from error
         return answer

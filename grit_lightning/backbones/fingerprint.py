@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grit_lightning.errors import InvalidValueError
+
 ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
@@ -69,7 +71,7 @@ def require_backbone(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """
     different = _differences(saved["architecture"], here["architecture"])
     if different:
-        raise ValueError(
+        raise InvalidValueError(
             f"The checkpoint was trained on another backbone: {different}. Set model.backbone to the one it was trained on."
         )
     exact = saved["dtype"] == here["dtype"]
@@ -79,7 +81,7 @@ def require_backbone(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         if name in here["weights"] and not _same_weights(values, here["weights"][name], exact)
     ]
     if changed:
-        raise ValueError(
+        raise InvalidValueError(
             f"The checkpoint was trained on a backbone of this shape with other weights: {len(changed)} of "
             f"{len(saved['weights'])} sampled tensors differ, first {changed[0]}. Set model.backbone to the one it was "
             "trained on."
@@ -99,7 +101,7 @@ def require_adapter(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         ValueError: If they do not; names the settings that differ.
     """
     if different := _differences(saved, here):
-        raise ValueError(
+        raise InvalidValueError(
             f"The checkpoint has another adapter configuration: {different}. Set model.adapter as it was trained."
         )
 

@@ -7,6 +7,8 @@ import inspect
 from peft import PeftModel
 from torch import nn
 
+from grit_lightning.errors import InvalidValueError
+
 
 def context_length(model: nn.Module) -> int | None:
     """Return the number of tokens that a model takes at most; None if its configuration does not say."""
@@ -28,7 +30,7 @@ def require_context(model: nn.Module, tokens: int, what: str, settings: str) -> 
     """
     context = context_length(model)
     if context is not None and tokens > context:
-        raise ValueError(
+        raise InvalidValueError(
             f"Expected at most {context} tokens, the model's context, got {tokens} for {what}. Lower {settings}."
         )
 
@@ -44,13 +46,13 @@ def require_packing(model: nn.Module, rows: int) -> None:
         ValueError: If it takes no `position_ids`, or its attention kernel would mix rows up.
     """
     if "position_ids" not in accepted_arguments(model):
-        raise ValueError(
+        raise InvalidValueError(
             f"The batch has position_ids, but {type(_base(model)).__name__} takes none, so that packed documents would attend "
             "to each other. Put one document in a row, without position_ids: set data.packing to false."
         )
     kernel = getattr(model.config, "_attn_implementation", None) or ""
     if "flash" in kernel and rows > 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"{kernel} keeps packed documents apart only in batches of one row, this one has {rows}. Set the batch size to 1 "
             "and accumulate, or set model.attn_implementation to sdpa."
         )

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from grit_lightning.backbones.sources import HOW_TO_POINT, BackboneSource, resolve_source
+from grit_lightning.errors import FileAccessError, InvalidTypeError, InvalidValueError, MissingPackageError
 
 DTYPES: Mapping[str, torch.dtype | None] = {
     "auto": None,
@@ -74,9 +75,9 @@ def load_backbone(
         OSError: If the model cannot be read; says what was tried.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise InvalidValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if quantization not in (None, "nf4"):
-        raise ValueError(f"quantization must be nf4 or none, got {quantization!r}.")
+        raise InvalidValueError(f"quantization must be nf4 or none, got {quantization!r}.")
     resolved = resolve_source(source)
     _check_revision(resolved, revision)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -148,7 +149,9 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
             matches no layer (the message lists those that there are).
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The backbone already carries an adapter: give a plain model, or call unload() on it first.")
+        raise InvalidValueError(
+            "The backbone already carries an adapter: give a plain model, or call unload() on it first."
+        )
     _check_ranks(adapter)
     _check_targets(model, adapter)
     with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
@@ -158,7 +161,7 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         except ValueError as error:
             if "target" not in str(error).lower():
                 raise
-            raise ValueError(f"{error} {_describe_targets(model)}") from error
+            raise InvalidValueError(f"{error} {_describe_targets(model)}") from error
     return peft_model.train()
 
 
@@ -176,7 +179,7 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
         OSError: If the tokenizer cannot be read; says what was tried.
     """
     if isinstance(source, PreTrainedModel):
-        raise TypeError(
+        raise InvalidTypeError(
             f"A {type(source).__name__} in memory carries no tokenizer: give the hub id or folder that it came from."
         )
     resolved = resolve_source(source, weights=False)
@@ -184,7 +187,9 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     tokenizer = _read(AutoTokenizer, "tokenizer", resolved, revision)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {resolved} has neither a pad_token nor an eos_token to pad with.")
+            raise InvalidValueError(
+                f"The tokenizer of {resolved} has neither a pad_token nor an eos_token to pad with."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -217,7 +222,7 @@ def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | No
                 f"there is no local folder {local}, and neither the local cache nor the hub gave "
                 f"{source.location!r}{' at revision ' + revision if revision else ''}{offline}"
             )
-        raise OSError(f"Cannot load the {what}: {where}: {str(error).strip()}\n{HOW_TO_POINT}") from error
+        raise FileAccessError(f"Cannot load the {what}: {where}: {str(error).strip()}\n{HOW_TO_POINT}") from error
 
 
 def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:
@@ -230,13 +235,15 @@ def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:
     missing = sorted(report["missing_keys"])  # transformers would go on with random numbers in their place
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise OSError(f"Cannot load the backbone: {source} lacks {len(missing)} of the model's tensors: {names}.")
+        raise FileAccessError(
+            f"Cannot load the backbone: {source} lacks {len(missing)} of the model's tensors: {names}."
+        )
     return model
 
 
 def _load_nf4(source: BackboneSource, dtype: torch.dtype, revision: str | None, options: dict[str, Any]) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("quantization: nf4 needs bitsandbytes: pip install 'grit-lightning[quantized]'.")
+        raise MissingPackageError("quantization: nf4 needs bitsandbytes: pip install 'grit-lightning[quantized]'.")
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -259,7 +266,7 @@ def _adopt(
     model: PreTrainedModel, dtype: torch.dtype | None, quantization: str | None, attn_implementation: str | None
 ) -> PreTrainedModel:
     if quantization is not None:
-        raise ValueError(
+        raise InvalidValueError(
             f"quantization: {quantization} reads the weights anew, but the backbone is a {type(model).__name__} in "
             "memory: give its hub id or folder, or quantise it before and leave quantization unset."
         )
@@ -270,7 +277,9 @@ def _adopt(
 
 def _check_revision(source: BackboneSource, revision: str | None) -> None:
     if revision is not None and source.kind != "hub":
-        raise ValueError(f"revision ({revision!r}) is for hub ids only, but the backbone is {source}: leave it unset.")
+        raise InvalidValueError(
+            f"revision ({revision!r}) is for hub ids only, but the backbone is {source}: leave it unset."
+        )
 
 
 def _check_ranks(adapter: PeftConfig) -> None:
@@ -278,7 +287,7 @@ def _check_ranks(adapter: PeftConfig) -> None:
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank <= 0:
             where = "r" if name == "r" else f"rank_pattern[{name!r}]"
-            raise ValueError(f"The adapter's {where} must be a positive rank, got {rank}.")
+            raise InvalidValueError(f"The adapter's {where} must be a positive rank, got {rank}.")
 
 
 def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
@@ -289,7 +298,7 @@ def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
     names = ["." + name for name, _ in model.named_modules()]
     missing = sorted(target for target in targets if not any(name.endswith("." + target) for name in names))
     if missing:
-        raise ValueError(
+        raise InvalidValueError(
             f"target_modules {sorted(targets)}: no layer of the {type(model).__name__} matches {missing}. "
             f"{_describe_targets(model)}"
         )

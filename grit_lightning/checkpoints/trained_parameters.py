@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from grit_lightning.distributed.strategies import SUPPORTED
+from grit_lightning.errors import InvalidValueError
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What sharding, recomputing and compiling put into the names of parameters."""
@@ -34,7 +35,7 @@ def trained_state(module: nn.Module, prefix: str = "", keep_vars: bool = False) 
     for name, parameter in trained.items():
         factor = ".lora_A." in name or ".lora_B." in name
         if isinstance(parameter, DTensor) or parameter.numel() == 0 or (factor and parameter.ndim < 2):
-            raise ValueError(
+            raise InvalidValueError(
                 f"The adapter's {name} is a {type(parameter).__name__} of shape {tuple(parameter.shape)} on this process, "
                 "a shard and not the whole. Set trainer.strategy to one that keeps the adapter whole: "
                 f"{', '.join(SUPPORTED)}."
@@ -68,7 +69,7 @@ def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, 
     here, there = ({(name, tuple(value.shape)) for name, value in side.items()} for side in (expected, found))
     if here != there:
         different = sorted(here ^ there)
-        raise ValueError(
+        raise InvalidValueError(
             f"The checkpoint's adapter does not fit this model: {len(different)} parameters differ, first {different[:2]}. "
             "Use the backbone and adapter configuration that the checkpoint was trained with."
         )

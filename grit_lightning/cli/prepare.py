@@ -16,6 +16,7 @@ from grit_lightning.datamodules import TASKS
 from grit_lightning.datamodules.pipeline.published import column_hash
 from grit_lightning.datamodules.pipeline.sources import quiet
 from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.errors import MissingFileError
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder
 
 
@@ -77,7 +78,7 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
     table = TASKS[task]("", source).table  # its tokenizer is not asked for
     splits = {split: rows for split in get_args(Split) if (rows := table.read(split)) is not None}
     if not splits:
-        raise FileNotFoundError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
+        raise MissingFileError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
     if folder is not None:
         with atomic_folder(folder) as unfinished, quiet():
             for split, rows in splits.items():

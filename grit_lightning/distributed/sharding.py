@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grit_lightning.errors import InvalidValueError
+
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -33,7 +35,7 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
 
     found = [blocks for blocks in outermost(model) if len(blocks) > 0]
     if not found:
-        raise ValueError(
+        raise InvalidValueError(
             f"Expected a model with a ModuleList of repeated blocks, but {type(model).__name__} has no list of repeated blocks "
             "to shard. Set trainer.strategy to ddp."
         )

@@ -45,6 +45,7 @@ from transformers import PreTrainedModel
 from grit_lightning.backbones.loading import empty_backbone, load_backbone
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process
 from grit_lightning.distributed.sharding import materialize, shard_in_units
+from grit_lightning.errors import InvalidValueError
 
 SUPPORTED = ("ddp", "grit_fsdp", "grit_fsdp2")
 """Strategies for several processes, by their registered names."""
@@ -294,7 +295,7 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
     ) -> None:
         """Store the settings."""
         if tensor_parallel_size != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"GritFSDP2Strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: tensor parallelism would split "
                 "the factors and activations of the adapter, which the geometry needs whole. Use more processes instead."
             )

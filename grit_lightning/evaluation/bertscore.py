@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics.functional.text import bert_score
 from transformers import AutoModel, AutoTokenizer
 
+from grit_lightning.errors import FileAccessError, InvalidValueError
+
 MAX_LENGTH = 512
 """Tokens of a text that are looked at, as in bert-score; less where the encoder takes less."""
 
@@ -35,7 +37,7 @@ class BertScorer:
             self._model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             folder = os.path.basename(encoder.rstrip("/"))
-            raise OSError(
+            raise FileAccessError(
                 f"BERTScore's encoder {encoder!r} is no folder here, and the hub did not give it: "
                 f"{str(error).strip().splitlines()[0]} Where there is a network, run\n"
                 f"    hf download {encoder} --local-dir {folder}\n"
@@ -44,7 +46,7 @@ class BertScorer:
             ) from error
         layers = self._model.config.num_hidden_layers
         if layer > layers:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Expected model.generation.bertscore_layer of at most {layers}, the number of layers of BERTScore's encoder "
                 f"{encoder!r}, got {layer}."
             )

@@ -15,6 +15,7 @@ from torchmetrics.classification import Accuracy, F1Score, Precision, Recall
 
 from grit_lightning.backbones.inputs import accepted_arguments
 from grit_lightning.batches import IGNORED, answer_start, left_padded_prompts, position_ids
+from grit_lightning.errors import InvalidValueError
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
     rows = torch.arange(len(start), device=start.device)
     answerable = (batch["labels"] != IGNORED).any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)
     if not answerable.all():
-        raise ValueError(
+        raise InvalidValueError(
             "Expected a prompt and labels behind it in every row, to score closed answers after the prompt, got "
             f"{int((~answerable).sum())} of {len(rows)} rows without. Look at the data, or raise data.max_length."
         )

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grit_lightning.backbones.inputs import require_context
+from grit_lightning.errors import InvalidValueError
 
 Stage = Literal["val", "test", "predict"]
 
@@ -69,7 +70,7 @@ class GenerationSettings:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"GenerationSettings.{name} must be {expected}, got {getattr(self, name)!r}.")
+            raise InvalidValueError(f"GenerationSettings.{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
 class Answer(NamedTuple):
@@ -112,7 +113,7 @@ def generate_answers(
     """
     require_room_for_answers(model, int(mask.sum(-1).max()), settings.max_new_tokens)
     if not bool(mask.any(-1).all()):
-        raise ValueError(
+        raise InvalidValueError(
             "Expected at least one token in every prompt, got a prompt without any: the template (data.template) or the row's "
             "columns are empty."
         )
@@ -173,7 +174,7 @@ def _end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerB
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
     if not ends:
-        raise ValueError(
+        raise InvalidValueError(
             f"Expected a tokenizer with an eos_token, without which no answer would ever end, got {tokenizer.name_or_path!r}. "
             "Set its eos_token, or set data.tokenizer to one that has it."
         )

@@ -20,6 +20,7 @@ from torchmetrics.classification import F1Score, Precision, Recall
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import SacreBLEUScore
 
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.evaluation.bertscore import BertScorer
 from grit_lightning.evaluation.generation import GenerationSettings
 
@@ -150,7 +151,7 @@ class FinalNumber(TextMetric):
         for output, reference in zip(outputs, references, strict=True):
             expected, found, last = final_answer(reference), final_answer(output), last_number(output)
             if expected is None:
-                raise ValueError(
+                raise InvalidValueError(
                     f"Expected a reference that ends in '#### <number>', got {reference[-60:]!r}. Correct the data, "
                     "or take exact_match out of the data module's text_metrics."
                 )
@@ -228,7 +229,7 @@ def text_metrics(
         "classification": lambda: AnswerWord(choices),
     }
     if unknown := [name for name in names if name not in makers]:
-        raise ValueError(f"Expected text_metrics of the data module among {', '.join(makers)}, got {unknown}.")
+        raise InvalidValueError(f"Expected text_metrics of the data module among {', '.join(makers)}, got {unknown}.")
     wanted = [name for name in names if name != "bertscore" or settings.bertscore_encoder is not None]
     return {name: makers[name]() for name in wanted}
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from grit_lightning.errors import InvalidValueError
+
 Row = Mapping[str, Any]
 
 ARC_CSV = ("question", "A", "B", "C", "D", "answerKey")
@@ -108,7 +110,7 @@ def winogrande_question(row: Row) -> Question:
     head, blank, tail = str(row["sentence"]).partition("_")
     options = [str(row["option1"] or ""), str(row["option2"] or "")]
     if not blank or not tail.strip():
-        raise ValueError(f"the sentence {row['sentence']!r} has no blank '_' with text behind it")
+        raise InvalidValueError(f"the sentence {row['sentence']!r} has no blank '_' with text behind it")
     question = _question("", options, ["1", "2"], row["answer"])
     return question._replace(pairs=[(head + option, f" {tail.strip()}") for option in options])
 
@@ -138,9 +140,9 @@ SCHEMAS: Mapping[str, ChoiceSchema] = {
 
 def _question(context: str, options: list[str], labels: list[str], key: Any) -> Question:
     if len(options) < 2 or not all(option.strip() for option in options):
-        raise ValueError(f"expected at least two options and none of them blank, got {options}")
+        raise InvalidValueError(f"expected at least two options and none of them blank, got {options}")
     if str(key).strip() not in labels:
-        raise ValueError(f"the answer {key!r} is none of {labels}")
+        raise InvalidValueError(f"the answer {key!r} is none of {labels}")
     pairs = [(context, f" {option}") for option in options]
     return Question(pairs, [len(option) for option in options], labels.index(str(key).strip()))
 

@@ -17,6 +17,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
+from grit_lightning.errors import InvalidValueError, MissingFileError
 from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
 
@@ -54,9 +55,9 @@ class TextData:
             ValueError: If `documents` is unknown, or a separator would join nothing.
         """
         if self.documents not in ("joined", "separate"):
-            raise ValueError(f"TextData.documents must be joined or separate, got {self.documents!r}.")
+            raise InvalidValueError(f"TextData.documents must be joined or separate, got {self.documents!r}.")
         if self.documents == "separate" and self.separator is not None:
-            raise ValueError(
+            raise InvalidValueError(
                 "Expected no TextData.separator, as separate documents are not joined, got one. Leave it out, or set documents "
                 "to joined."
             )
@@ -84,7 +85,7 @@ class TextData:
         pieces = self._separate(tokenizer, room) if self.documents == "separate" else self._joined(tokenizer, room)
         blocks = [TokenSequence(lead + piece) for piece in islice(pieces, max_blocks)]
         if not blocks:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self._where}: the text does not fill one block of {block_size} tokens. Lower block_size, use more text, "
                 "or set documents to separate."
             )
@@ -104,7 +105,7 @@ class TextData:
             yield encode(tokenizer, self.separator.join(self.texts()))
             return
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self._where}: the tokenizer has no end-of-sequence token to put between documents. Set separator to text, "
                 "or documents to separate."
             )
@@ -133,27 +134,29 @@ class TextData:
             found = found or bool(text.strip())
             yield text
         if not found:
-            raise ValueError(f"{self._where}: there is no text in it.")
+            raise InvalidValueError(f"{self._where}: there is no text in it.")
 
     def _rows(self) -> Iterable[str]:
         path = Path(self.source).expanduser()
         if path.suffix == ".txt":
             if not path.is_file():
-                raise FileNotFoundError(f"Text file {path} does not exist. Set `source` to one that does.")
+                raise MissingFileError(f"Text file {path} does not exist. Set `source` to one that does.")
             return [path.read_text(encoding="utf-8")]
         return self._column(self._table(path))
 
     def _column(self, table: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         for row in table:
             if self.column not in row:  # a streamed table may not know its columns before
-                raise ValueError(f"{self._where}: expected the column {self.column!r}, got {list(row)}. Set `column`.")
+                raise InvalidValueError(
+                    f"{self._where}: expected the column {self.column!r}, got {list(row)}. Set `column`."
+                )
             yield "" if row[self.column] is None else str(row[self.column])
 
     def _table(self, path: Path) -> datasets.Dataset:
         if path.is_dir():
             files = find_files(path, self.split, self.hub_config)
             if not files:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file."
                 )
             return read_files(files)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import find_files, read_files, read_hub
+from grit_lightning.errors import InvalidValueError, MissingFileError
 from grit_lightning.forgetting.choices import SCHEMAS, ChoiceSchema, Question, Row
 from grit_lightning.forgetting.held_out import HeldOutSet
 from grit_lightning.forgetting.likelihood import TokenSequence
@@ -93,9 +94,9 @@ class ZeroShotTask:
             ValueError: If the schema is unknown or the limit below 1.
         """
         if self.schema not in SCHEMAS:
-            raise ValueError(f"ZeroShotTask.schema must be one of {', '.join(SCHEMAS)}, got {self.schema!r}.")
+            raise InvalidValueError(f"ZeroShotTask.schema must be one of {', '.join(SCHEMAS)}, got {self.schema!r}.")
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"ZeroShotTask.limit must be null or ≥ 1, got {self.limit}.")
+            raise InvalidValueError(f"ZeroShotTask.limit must be null or ≥ 1, got {self.limit}.")
 
     @property
     def label(self) -> str:
@@ -119,7 +120,7 @@ class ZeroShotTask:
         questions, broken = self._questions(schema, limit)
         left_out = f"rows left out: {len(broken)}" + (f", the first because {broken[0]}" if broken else "")
         if not questions:
-            raise ValueError(f"{self._where}: there is no usable question, {left_out}.")
+            raise InvalidValueError(f"{self._where}: there is no usable question, {left_out}.")
         if broken:
             rank_zero_warn(f"{self._where}: {left_out}.")
         sequences = [sequence_of(tokenizer, *pair) for question in questions for pair in question.pairs]
@@ -146,10 +147,10 @@ class ZeroShotTask:
         elif files := [path] if path.is_file() else find_files(path, self.split, schema.hub_config):
             table = read_files(files)
         else:
-            raise FileNotFoundError(f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file.")
+            raise MissingFileError(f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file.")
         if not any(set(columns) <= set(table.column_names) for columns in schema.columns):
             wanted = " or ".join(map(str, map(list, schema.columns)))
-            raise ValueError(f"{self._where}: expected the columns {wanted}, got {table.column_names}.")
+            raise InvalidValueError(f"{self._where}: expected the columns {wanted}, got {table.column_names}.")
         return iter(table)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_lightning import functional as F
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.stopwatch import Stopwatch
 
@@ -75,7 +76,7 @@ class RankSpaceCapture:
         if mask is None or not output.requires_grad:
             return
         if output.shape[:-1].numel() != mask.numel():
-            raise ValueError(
+            raise InvalidValueError(
                 f"Layer '{group.sites[index].name}': expected the {mask.numel()} positions of the batch's attention_mask, got "
                 f"{output.shape[:-1].numel()}. Layers that see only some tokens (routed experts) have no known padding: leave "
                 "them out of `adapter.target_modules`, or set `geometry: null`."

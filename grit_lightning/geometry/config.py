@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from grit_lightning.errors import InvalidValueError
+
 CovAveraging = Literal["mean", "ema"]
 DampingModeName = Literal["absolute", "relative", "batch_aware", "quantization_aware"]
 PairingName = Literal["kfac", "swapped"]
@@ -86,7 +88,7 @@ class GeometryConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"GeometryConfig.{name} must be {expected}, got {getattr(self, name)!r}.")
+            raise InvalidValueError(f"GeometryConfig.{name} must be {expected}, got {getattr(self, name)!r}.")
 
     @property
     def decay(self) -> float:

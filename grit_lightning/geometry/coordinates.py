@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.moments import carry_optimizer_state
 from grit_lightning.geometry.rank_group import RankGroup
 
@@ -45,7 +46,7 @@ class CoordinateChange:
             [ranks.get(site.name, int(rank)) for site, rank in zip(group.sites, group.ranks, strict=True)]
         )
         if bool(((self._wanted < 1) | (self._wanted > group.r)).any()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"ranks: expected effective ranks in 1 … r = {group.r}, got {sorted(set(self._wanted.tolist()))}."
             )
         self._kept = F.rank_mask(self._wanted, group.r)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grit_lightning import functional as F
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.derived import Derived
 from grit_lightning.geometry.quantization import relative_quantization_noise
 from grit_lightning.geometry.sites import LoraSite, Side
@@ -182,7 +183,7 @@ class RankGroup:
         """
         names, shape = [site.name for site in self.sites], state["statistics"]["total"][0].shape
         if state["layers"] != names or shape != self.statistics.total.a.shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Checkpoint: expected statistics of {len(names)} layers with shape {tuple(self.statistics.total.a.shape)}, as "
                 f"this model has, got {len(state['layers'])} with shape {tuple(shape)}. "
                 "Use the adapter configuration (r, target_modules) that the checkpoint was trained with."

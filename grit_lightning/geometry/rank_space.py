@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from grit_lightning import functional as F
 from grit_lightning.distributed.collectives import is_first_process, process_count, sum_over_processes
+from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.capture import RankSpaceCapture
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.coordinates import CoordinateChange, MapsRule
@@ -374,7 +375,7 @@ class RankSpaceGeometry:
             ValueError: If the state belongs to another adapter layout.
         """
         if len(state["groups"]) != len(self.groups):
-            raise ValueError(
+            raise InvalidValueError(
                 f"Checkpoint: expected {len(self.groups)} rank groups, as this model has, got {len(state['groups'])}. "
                 "Use the adapter configuration (r, rank_pattern, target_modules) that the checkpoint was trained with."
             )

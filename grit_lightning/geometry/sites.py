@@ -19,6 +19,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from grit_lightning.errors import InvalidValueError
+
 Side = Literal["a", "b"]
 """Which factor of a LoRA layer: `a` is A, the down-projection; `b` is B, the up-projection."""
 
@@ -74,7 +76,7 @@ def find_lora_sites(model: nn.Module) -> list[LoraSite]:
     sites = list(_iterate_sites(model))
     if not sites:
         found = type(model.active_peft_config).__name__ if isinstance(model, PeftModel) else type(model).__name__
-        raise ValueError(
+        raise InvalidValueError(
             f"adapter: expected one with LoRA layers for the geometry to follow, got {found}, which has none. "
             "Use a peft.LoraConfig as `adapter`, or set `geometry: null` to train this adapter without geometry."
         )
@@ -90,7 +92,7 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
         if not active and not embedded:
             continue
         if len(active) > 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Layer '{name}': expected one active adapter for the geometry to follow, got {len(active)}: {active}. "
                 "Call model.set_adapter(...) with the adapter to train."
             )
@@ -100,7 +102,7 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
                 type(module.lora_variant[active[0]]).__name__ if active and active[0] in module.lora_variant else ""
             )
             found = f"{type(module).__name__} {variant}".rstrip()
-            raise ValueError(
+            raise InvalidValueError(
                 f"Layer '{name}': expected a plain linear LoRA layer, got {found}. "
                 "Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."
             )
