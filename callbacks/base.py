@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import require
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
@@ -39,13 +39,11 @@ class ScheduledCallback(Callback):
     ) -> None:
         """Check and remember the schedule."""
         super().__init__()
-        interval, ends_after_start = (
-            every_n_steps is None or every_n_steps >= 1,
-            f"be null or ≥ start_step {start_step}",
-        )
-        self._require("every_n_steps", interval, "be an integer ≥ 1 (optimizer steps)", every_n_steps)
-        self._require("start_step", start_step >= 0, "be an integer ≥ 0 (optimizer steps)", start_step)
-        self._require("stop_step", stop_step is None or stop_step >= start_step, ends_after_start, stop_step)
+        owner, acts = type(self).__name__, every_n_steps is None or every_n_steps >= 1
+        require(owner, "every_n_steps", acts, "an integer ≥ 1 (optimizer steps)", every_n_steps)
+        require(owner, "start_step", start_step >= 0, "an integer ≥ 0 (optimizer steps)", start_step)
+        ends_after_start = stop_step is None or stop_step >= start_step
+        require(owner, "stop_step", ends_after_start, f"null or an integer ≥ start_step {start_step}", stop_step)
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.stop_step = stop_step
@@ -93,16 +91,11 @@ class ScheduledCallback(Callback):
         if self._events is not None:
             self._events.write(events)
 
-    def _require(self, setting: str, holds: bool, expected: str, got: object) -> None:
-        """Raise ValueError unless a setting is as expected."""
-        if not holds:
-            raise InvalidValueError(f"{type(self).__name__}.{setting} must {expected}, got {got!r}.")
-
 
 def one_of(names: Iterable[str]) -> str:
-    """List the values that a setting may have: `be a, b or c`."""
+    """List the values that a setting may have: `a, b or c`."""
     *rest, last = names
-    return f"be {', '.join(rest)} or {last}" if rest else f"be {last}"
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 class GeometryCallback(ScheduledCallback):

@@ -11,11 +11,13 @@ import torch
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.geometry.rank_proposal import RankGuards
 from grit_lightning.geometry.rank_rules import RANK_RULES, RankRule, Scope
 from grit_lightning.geometry.rank_selection import RankSelector
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
+
+OWNER = "RankAdaptation"  # of the settings, in messages
 
 
 class RankDecision(NamedTuple):
@@ -96,16 +98,33 @@ class RankAdaptation(GeometryCallback):
     ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step, stop_step, EventLog("ranks.jsonl"))
-        require = self._require
-        require("threshold (τ)", 0.0 < threshold <= 1.0, "lie in (0, 1]", threshold)
-        require("min_rank", min_rank >= 1, "be an integer ≥ 1", min_rank)
-        require("hysteresis (ε)", 0.0 <= hysteresis < 1.0, "lie in [0, 1)", hysteresis)
-        require("max_rank", max_rank is None or max_rank >= min_rank, f"be ≥ min_rank {min_rank}, or null", max_rank)
+        require(OWNER, "threshold (τ)", 0.0 < threshold <= 1.0, "a number in (0, 1]", threshold)
+        require(OWNER, "min_rank", min_rank >= 1, "an integer ≥ 1", min_rank)
+        require(OWNER, "hysteresis (ε)", 0.0 <= hysteresis < 1.0, "a number in [0, 1)", hysteresis)
+        require(
+            OWNER,
+            "max_rank",
+            max_rank is None or max_rank >= min_rank,
+            f"an integer ≥ min_rank {min_rank}, or null",
+            max_rank,
+        )
         tokens = min_samples is None or min_samples >= 1
-        require("min_samples", tokens, "be an integer ≥ 1 (tokens) or null", min_samples)
-        require("energy_ema (β)", 0.0 <= energy_ema < 1.0, "lie in [0, 1)", energy_ema)
-        require("mixing_probability", 0.0 <= mixing_probability <= 1.0, "lie in [0, 1]", mixing_probability)
-        require("return_ratio", return_ratio is None or return_ratio >= 1.0, "be a number ≥ 1, or null", return_ratio)
+        require(OWNER, "min_samples", tokens, "an integer ≥ 1 (tokens) or null", min_samples)
+        require(OWNER, "energy_ema (β)", 0.0 <= energy_ema < 1.0, "a number in [0, 1)", energy_ema)
+        require(
+            OWNER,
+            "mixing_probability",
+            0.0 <= mixing_probability <= 1.0,
+            "a number in [0, 1]",
+            mixing_probability,
+        )
+        require(
+            OWNER,
+            "return_ratio",
+            return_ratio is None or return_ratio >= 1.0,
+            "a number ≥ 1, or null",
+            return_ratio,
+        )
         self.rule = rule
         self.scope = scope
         self.min_rank = min_rank
@@ -121,18 +140,21 @@ class RankAdaptation(GeometryCallback):
         )
 
     def _make_rule(self, name: str, threshold: float, budget: float | None, scope: Scope) -> RankRule:
-        require = self._require
-        require("rule", name in RANK_RULES, one_of(RANK_RULES), name)
+        require(OWNER, "rule", name in RANK_RULES, one_of(RANK_RULES), name)
         rule = RANK_RULES[name]
-        require("scope", scope in get_args(Scope), one_of(get_args(Scope)), scope)
+        require(OWNER, "scope", scope in get_args(Scope), one_of(get_args(Scope)), scope)
         others = ", ".join(other for other, kind in RANK_RULES.items() if kind.comparable_between_layers)
-        layerwise = f"be layer with rule {name} (global takes one of {others})"
-        require("scope", scope == "layer" or rule.comparable_between_layers, layerwise, scope)
+        layerwise = f"layer with rule {name} (global takes one of {others})"
+        require(OWNER, "scope", scope == "layer" or rule.comparable_between_layers, layerwise, scope)
         if not rule.needs_budget:
-            require("budget", budget is None, f"be null with rule {name}", budget)
+            require(OWNER, "budget", budget is None, f"null with rule {name}", budget)
             return rule(threshold, scope)
         require(
-            "budget", budget is not None and budget >= 0, f"be a number ≥ 0 (nats per token) with rule {name}", budget
+            OWNER,
+            "budget",
+            budget is not None and budget >= 0,
+            f"a number ≥ 0 (nats per token) with rule {name}",
+            budget,
         )
         return rule(budget or 0.0, scope)
 
@@ -147,13 +169,13 @@ class RankAdaptation(GeometryCallback):
         largest = max(group.r for group in geometry.groups)
         if self.min_rank > largest:
             raise InvalidValueError(
-                f"RankAdaptation.min_rank is {self.min_rank}, but the adapter's rank is {largest}: "
-                f"set min_rank to at most {largest}."
+                f"RankAdaptation.min_rank: expected at most the adapter's rank {largest}, got {self.min_rank}. Lower it, or "
+                "raise adapter.r."
             )
         if self.min_samples is not None and self.min_samples < geometry.config.kfac_min_samples:
             raise InvalidValueError(
-                f"RankAdaptation.min_samples is {self.min_samples}, but the geometry changes no layer before "
-                f"{geometry.config.kfac_min_samples} tokens: raise it, or lower model.geometry.kfac_min_samples."
+                f"RankAdaptation.min_samples: expected at least {geometry.config.kfac_min_samples} tokens, before which the "
+                f"geometry changes no layer, got {self.min_samples}. Raise it, or lower model.geometry.kfac_min_samples."
             )
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
@@ -175,7 +197,7 @@ class RankAdaptation(GeometryCallback):
 
         Args:
             geometry: Whose ranks to set.
-            step: Optimizer steps taken, for the record.
+            step: Optimizer steps taken, to be noted with each decision.
             optimizer: Its moments follow the change of coordinates.
 
         Returns:

@@ -11,7 +11,7 @@ import torch
 from grit_lightning import functional as F
 from grit_lightning.callbacks.base import GeometryCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.geometry.reprojection_triggers import TRIGGERS, TriggerSettings
 
@@ -82,14 +82,16 @@ class Reprojection(GeometryCallback):
     ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step, stop_step, EventLog("reprojections.jsonl"))
-        require, modes = self._require, [member.value for member in F.ReprojectionMode]
-        require("mode", mode in modes, one_of(modes), mode)
-        require("k", k is None or k >= 1, "be an integer ≥ 1 or null", k)
-        require("blend", 0.0 < blend <= 1.0, "lie in (0, 1]", blend)
-        require("trigger", trigger in TRIGGERS, one_of(TRIGGERS), trigger)
+        modes = [member.value for member in F.ReprojectionMode]
+        require("Reprojection", "mode", mode in modes, one_of(modes), mode)
+        require("Reprojection", "k", k is None or k >= 1, "an integer ≥ 1 or null", k)
+        require("Reprojection", "blend", 0.0 < blend <= 1.0, "a number in (0, 1]", blend)
+        require("Reprojection", "trigger", trigger in TRIGGERS, one_of(TRIGGERS), trigger)
         band = (mass_low, mass_high)
-        require("mass_low and mass_high", 0.0 <= mass_low < mass_high <= 1.0, "satisfy 0 ≤ low < high ≤ 1", band)
-        require("max_drift (sine of an angle)", 0.0 <= max_drift < 1.0, "lie in [0, 1)", max_drift)
+        require(
+            "Reprojection", "mass_low and mass_high", 0.0 <= mass_low < mass_high <= 1.0, "0 ≤ low < high ≤ 1", band
+        )
+        require("Reprojection", "max_drift (sine of an angle)", 0.0 <= max_drift < 1.0, "a number in [0, 1)", max_drift)
         self.mode = F.ReprojectionMode(mode)
         self.k = k
         self.blend = blend
@@ -116,8 +118,8 @@ class Reprojection(GeometryCallback):
         largest = max(group.r for group in geometry.groups)
         if self.k is not None and self.k > largest:
             raise InvalidValueError(
-                f"Reprojection.k (reprojection_k) is {self.k}, but the adapter's rank is {largest}: "
-                f"set k to at most {largest}, or raise adapter.r."
+                f"Reprojection.k (reprojection_k): expected at most the adapter's rank {largest}, got {self.k}. Lower it, or "
+                "raise adapter.r."
             )
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:

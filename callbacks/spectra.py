@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from grit_lightning.callbacks.base import GeometryCallback
+from grit_lightning.errors import require
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.telemetry.quantities import measure_layers, short_name
 from grit_lightning.telemetry.rank_map import rank_map
@@ -35,7 +36,7 @@ class SpectraLogger(GeometryCallback):
     ) -> None:
         """Check and remember the settings."""
         super().__init__(every_n_steps, start_step)
-        self._require("energy", 0.0 < energy <= 1.0, "lie in (0, 1]", energy)
+        require("SpectraLogger", "energy", 0.0 < energy <= 1.0, "a number in (0, 1]", energy)
         self.energy = energy
         self.per_layer = per_layer
 

@@ -1,4 +1,4 @@
-"""Imports run one way through the house, as STYLE and CONTRIBUTING draw it: proved on the source of every module.
+"""Imports run one way through the house, as CONTRIBUTING draws it: proved on the source of every module.
 
 - a module imports only from rooms below its own, or from its own;
 - `functional` imports torch and itself only, `batches` nothing of ours;
@@ -17,6 +17,7 @@ import pytest
 PACKAGE = "grit_lightning"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = (
+    ("errors",),
     ("functional", "batches", "runs", "backbones", "configs"),
     ("distributed",),
     ("geometry", "accumulation_window"),

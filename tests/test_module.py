@@ -244,12 +244,12 @@ def test_a_callback_without_geometry_says_what_to_change(
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: Reprojection(mode="sideways"), "mode must be one_sided"),
-        (lambda: Reprojection(k=0), "k must be an integer ≥ 1"),
-        (lambda: Reprojection(blend=0.0), r"blend must lie in \(0, 1\]"),
-        (lambda: Reprojection(every_n_steps=0), "every_n_steps must be an integer ≥ 1"),
-        (lambda: RankAdaptation(threshold=0.0), r"threshold \(τ\) must lie in \(0, 1\]"),
-        (lambda: RankAdaptation(threshold=1.1), r"threshold \(τ\) must lie in \(0, 1\]"),
+        (lambda: Reprojection(mode="sideways"), "mode: expected one_sided"),
+        (lambda: Reprojection(k=0), "k: expected an integer ≥ 1"),
+        (lambda: Reprojection(blend=0.0), r"blend: expected a number in \(0, 1\]"),
+        (lambda: Reprojection(every_n_steps=0), "every_n_steps: expected an integer ≥ 1"),
+        (lambda: RankAdaptation(threshold=0.0), r"threshold \(τ\): expected a number in \(0, 1\]"),
+        (lambda: RankAdaptation(threshold=1.1), r"threshold \(τ\): expected a number in \(0, 1\]"),
         (lambda: RankAdaptation(min_rank=0), "min_rank"),
         (lambda: SpectraLogger(energy=2.0), "energy"),
     ],
@@ -262,9 +262,9 @@ def test_bad_callback_settings_are_named(callback: Callable[[], Callback], messa
 def test_a_k_beyond_the_adapter_rank_is_refused(
     make_module: Callable[..., Any], batches: Batches, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"reprojection_k.* is 8, but the adapter's rank is 4"):
+    with pytest.raises(ValueError, match=r"reprojection_k.*: expected at most the adapter's rank 4, got 8"):
         trainer(tmp_path, callbacks=[Reprojection(k=8)]).fit(make_module(), loader(batches), loader(batches[:1]))
-    with pytest.raises(ValueError, match="min_rank is 8, but the adapter's rank is 4"):
+    with pytest.raises(ValueError, match="min_rank: expected at most the adapter's rank 4, got 8"):
         trainer(tmp_path, callbacks=[RankAdaptation(min_rank=8)]).fit(
             make_module(), loader(batches), loader(batches[:1])
         )

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grit_lightning.backbones.inputs import require_context
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import InvalidValueError, require
 
 Stage = Literal["val", "test", "predict"]
 
@@ -59,18 +59,18 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Check every field once, where it is set."""
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "an integer ≥ 1")
-        self._require("temperature", self.temperature > 0, "a number > 0 (do_sample: false is greedy)")
-        self._require("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
-        self._require("stop_strings", all(self.stop_strings), "texts that are not empty")
-        self._require("batch_size", self.batch_size is None or self.batch_size >= 1, "an integer ≥ 1 or null")
-        self._require("max_rows", self.max_rows is None or self.max_rows >= 1, "an integer ≥ 1 or null")
-        self._require("stages", set(self.stages) <= set(get_args(Stage)), f"any of {', '.join(get_args(Stage))}")
-        self._require("bertscore_layer", self.bertscore_layer >= 1, "an integer ≥ 1")
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InvalidValueError(f"GenerationSettings.{name} must be {expected}, got {getattr(self, name)!r}.")
+        def check(field: str, holds: bool, expected: str) -> None:
+            require("GenerationSettings", field, holds, expected, getattr(self, field))
+
+        check("max_new_tokens", self.max_new_tokens >= 1, "an integer ≥ 1")
+        check("temperature", self.temperature > 0, "a number > 0 (do_sample: false is greedy)")
+        check("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
+        check("stop_strings", all(self.stop_strings), "texts that are not empty")
+        check("batch_size", self.batch_size is None or self.batch_size >= 1, "an integer ≥ 1 or null")
+        check("max_rows", self.max_rows is None or self.max_rows >= 1, "an integer ≥ 1 or null")
+        check("stages", set(self.stages) <= set(get_args(Stage)), f"any of {', '.join(get_args(Stage))}")
+        check("bertscore_layer", self.bertscore_layer >= 1, "an integer ≥ 1")
 
 
 class Answer(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import require
 
 CovAveraging = Literal["mean", "ema"]
 DampingModeName = Literal["absolute", "relative", "batch_aware", "quantization_aware"]
@@ -67,28 +67,28 @@ class GeometryConfig:
 
     def __post_init__(self) -> None:
         """Check every field once, where it is set."""
-        self._require("kfac_update_freq", self.kfac_update_freq >= 1, "an integer ≥ 1 (optimizer steps)")
-        self._require("kfac_min_samples", self.kfac_min_samples >= 0, "an integer ≥ 0 (tokens)")
-        self._require("kfac_damping", self.kfac_damping >= 0, "a number ≥ 0")
-        self._require("curvature_penalty", self.curvature_penalty >= 0, "a number ≥ 0")
-        self._require("reprojection_penalty", self.reprojection_penalty >= 0, "a number ≥ 0")
-        self._require("penalty_warmup_steps", self.penalty_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
-        self._require("damping_reference_tokens", self.damping_reference_tokens >= 1, "an integer ≥ 1 (tokens)")
-        self._require("trust_clip", self.trust_clip is None or self.trust_clip > 0, "a number > 0 or null")
-        self._require("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
-        self._require("cov_update_freq", self.cov_update_freq >= 1, "an integer ≥ 1 (micro-batches)")
-        self._require("ema_beta", 0.0 <= self.ema_beta < 1.0, "a number in [0, 1)")
+
+        def check(field: str, holds: bool, expected: str) -> None:
+            require("GeometryConfig", field, holds, expected, getattr(self, field))
+
+        check("kfac_update_freq", self.kfac_update_freq >= 1, "an integer ≥ 1 (optimizer steps)")
+        check("kfac_min_samples", self.kfac_min_samples >= 0, "an integer ≥ 0 (tokens)")
+        check("kfac_damping", self.kfac_damping >= 0, "a number ≥ 0")
+        check("curvature_penalty", self.curvature_penalty >= 0, "a number ≥ 0")
+        check("reprojection_penalty", self.reprojection_penalty >= 0, "a number ≥ 0")
+        check("penalty_warmup_steps", self.penalty_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
+        check("damping_reference_tokens", self.damping_reference_tokens >= 1, "an integer ≥ 1 (tokens)")
+        check("trust_clip", self.trust_clip is None or self.trust_clip > 0, "a number > 0 or null")
+        check("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
+        check("cov_update_freq", self.cov_update_freq >= 1, "an integer ≥ 1 (micro-batches)")
+        check("ema_beta", 0.0 <= self.ema_beta < 1.0, "a number in [0, 1)")
         for name, choices in (
             ("damping_mode", get_args(DampingModeName)),
             ("pairing", get_args(PairingName)),
             ("cov_averaging", get_args(CovAveraging)),
             ("kfac_inversion_device", ("cpu", "auto")),
         ):
-            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InvalidValueError(f"GeometryConfig.{name} must be {expected}, got {getattr(self, name)!r}.")
+            check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     @property
     def decay(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +12,6 @@ from grit_lightning import functional as F
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.moments import carry_optimizer_state
 from grit_lightning.geometry.rank_group import RankGroup
-
-MapsRule = Callable[[Tensor, Tensor, Tensor, Tensor], F.ReprojectionMaps]
-"""`(Σ_a, Σ_g, kept, reliable_g) → maps`, stacked over layers: kept `[L, r]` bool marks the coordinates that stay,
-reliable_g `[L]` bool the layers whose Σ_g can be relied on."""
 
 
 class CoordinateChange:
@@ -56,7 +52,7 @@ class CoordinateChange:
         self._falling = (group.ranks > self._wanted) | masked
         self._rising = (group.ranks < self._wanted) & ~masked
 
-    def apply(self, rule: MapsRule, blend: float, optimizer: Optimizer | None) -> None:
+    def apply(self, rule: F.MapsRule, blend: float, optimizer: Optimizer | None) -> None:
         """Transform weights, statistics and moments; set the ranks if the projection is full (blend 1)."""
         group, maps = self._group, self._maps(rule)
         if blend == 1.0:
@@ -73,7 +69,7 @@ class CoordinateChange:
         if optimizer is not None:
             carry_optimizer_state(optimizer, group, maps)
 
-    def _maps(self, rule: MapsRule) -> F.ReprojectionMaps:
+    def _maps(self, rule: F.MapsRule) -> F.ReprojectionMaps:
         group, enough = self._group, self._enough
         seen_g = group.statistics.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         moving = enough & self._falling.to(group.device) if self._only_where_needed else enough

@@ -25,7 +25,7 @@ from grit_lightning.distributed.collectives import is_first_process, process_cou
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.capture import RankSpaceCapture
 from grit_lightning.geometry.config import GeometryConfig
-from grit_lightning.geometry.coordinates import CoordinateChange, MapsRule
+from grit_lightning.geometry.coordinates import CoordinateChange
 from grit_lightning.geometry.preconditioner import Preconditioner
 from grit_lightning.geometry.rank_group import RankGroup, group_by_rank
 from grit_lightning.geometry.sites import count_trainable, find_lora_sites
@@ -266,7 +266,7 @@ class RankSpaceGeometry:
     @torch.no_grad()
     def reproject(
         self,
-        maps: MapsRule,
+        maps: F.MapsRule,
         ranks: Mapping[str, int] | None = None,
         *,
         blend: float = 1.0,
@@ -292,7 +292,7 @@ class RankSpaceGeometry:
     @torch.no_grad()
     def set_ranks(
         self,
-        maps: MapsRule,
+        maps: F.MapsRule,
         ranks: Mapping[str, int],
         *,
         masked_coordinate: Mapping[str, int] | None = None,
@@ -322,7 +322,7 @@ class RankSpaceGeometry:
 
     def _change_coordinates(
         self,
-        maps: MapsRule,
+        maps: F.MapsRule,
         ranks: Mapping[str, int],
         blend: float,
         optimizer: Optimizer | None,

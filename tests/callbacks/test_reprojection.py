@@ -175,9 +175,9 @@ def test_a_run_without_loggers_writes_nothing(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trigger": "sometimes"}, "trigger must be period, mass_ratio or angle_drift"),
+        ({"trigger": "sometimes"}, "trigger: expected period, mass_ratio or angle_drift"),
         ({"mass_low": 0.9, "mass_high": 0.8}, r"0 ≤ low < high ≤ 1, got \(0.9, 0.8\)"),
-        ({"max_drift": 1.0}, r"max_drift .* must lie in \[0, 1\)"),
+        ({"max_drift": 1.0}, r"max_drift .*: expected a number in \[0, 1\)"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

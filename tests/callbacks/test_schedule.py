@@ -58,9 +58,12 @@ def test_the_shipped_callbacks_take_the_whole_schedule(kind: type[Reprojection] 
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"every_n_steps": 0}, r"Remembering.every_n_steps must be an integer ≥ 1 \(optimizer steps\), got 0"),
-        ({"every_n_steps": 1, "start_step": -1}, r"Remembering.start_step must be an integer ≥ 0 .* got -1"),
-        ({"every_n_steps": 1, "start_step": 9, "stop_step": 8}, r"stop_step must be null or ≥ start_step 9, got 8"),
+        ({"every_n_steps": 0}, r"Remembering.every_n_steps: expected an integer ≥ 1 \(optimizer steps\), got 0"),
+        ({"every_n_steps": 1, "start_step": -1}, r"Remembering.start_step: expected an integer ≥ 0 .* got -1"),
+        (
+            {"every_n_steps": 1, "start_step": 9, "stop_step": 8},
+            "stop_step: expected .* ≥ start_step 9, got 8",
+        ),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(schedule: dict[str, int], message: str) -> None:

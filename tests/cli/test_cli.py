@@ -278,7 +278,7 @@ def test_any_peft_config_trains(
         (("--model.backbone=nowhere/at/all",), "nowhere/at/all"),
         (("--model.adapter.target_modules=[no_such_layer]",), "no_such_layer"),
         (("--model.adapter.r=0",), "positive rank, got 0"),
-        (("--model.geometry.kfac_damping=-1",), "kfac_damping must be"),
+        (("--model.geometry.kfac_damping=-1",), "kfac_damping: expected"),
         (("--trainer.callbacks=[{class_path: RankAdaptation, init_args: {threshold: 1.5}}]",), "(0, 1], got 1.5"),
         (("--trainer.callbacks=[{class_path: Reprojection, init_args: {k: 17}}]",), "adapter's rank is 16"),
         (("--model.geometry=null",), "Reprojection needs the rank-space geometry"),

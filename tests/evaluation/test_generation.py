@@ -215,7 +215,7 @@ def test_a_tokenizer_that_ends_no_text_is_refused(model: Any) -> None:
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"GenerationSettings.{field} must be"):
+    with pytest.raises(ValueError, match=rf"GenerationSettings.{field}: expected"):
         GenerationSettings(**{field: value})
 
 

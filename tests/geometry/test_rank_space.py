@@ -270,10 +270,10 @@ def test_parameter_counts_of_the_paper_on_the_meta_device(lora_config: Callable[
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kfac_update_freq": 0}, "kfac_update_freq must be an integer ≥ 1"),
-        ({"kfac_damping": -1.0}, "kfac_damping must be a number ≥ 0"),
-        ({"pairing": "other"}, "pairing must be one of kfac, swapped"),
-        ({"cov_averaging": "median"}, "cov_averaging must be one of mean, ema"),
+        ({"kfac_update_freq": 0}, "kfac_update_freq: expected an integer ≥ 1"),
+        ({"kfac_damping": -1.0}, "kfac_damping: expected a number ≥ 0"),
+        ({"pairing": "other"}, "pairing: expected one of kfac, swapped"),
+        ({"cov_averaging": "median"}, "cov_averaging: expected one of mean, ema"),
         ({"ema_beta": 1.0}, "ema_beta"),
     ],
 )
