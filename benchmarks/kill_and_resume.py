@@ -1,4 +1,4 @@
-"""Is a run that was killed and resumed the run that was never touched? Real processes, real SIGKILL, every bit compared.
+"""Does a run that is killed and resumed end like one that never stopped? Real processes, real SIGKILL, every bit compared.
 
     python benchmarks/kill_and_resume.py --times 20 --seed 0
 
@@ -121,7 +121,7 @@ def configuration(folder: Path, optimizer: str, steps: int, every_n_steps: int, 
 
 
 def train(words: list[str], log: Path) -> None:
-    """What a child process does: `grit fit`, with all it says in a file."""
+    """Run `grit fit` in this child process, with its output in a file."""
     with log.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -132,7 +132,7 @@ def train(words: list[str], log: Path) -> None:
 
 
 def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], bool] | None = None) -> bool:
-    """Train in a process of its own; return whether `stop`, called again and again, had it killed."""
+    """Train in a process of its own, killed as soon as `stop` returns True; return whether it was killed."""
     words = ["fit", f"--config={config}", f"--output={output}"]
     if resume:
         words.append(f"--ckpt_path={output / 'checkpoints' / 'last.ckpt'}")
@@ -154,7 +154,7 @@ def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], 
 def kill_and_resume(
     config: Path, output: Path, whole: Path, optimizer: str, steps: int, chance: random.Random, writing: bool
 ) -> Kill:
-    """Kill one run, resume it, compare it with the whole one."""
+    """Kill one run, resume it, and compare it with the run that was never killed."""
     pause = chance.uniform(0.0, seconds_per_step(whole))
     checkpoints = output / "checkpoints"
     while True:
@@ -185,13 +185,13 @@ def remove(output: Path) -> None:
 
 
 def steps_logged(output: Path) -> int:
-    """Number of steps in metrics.jsonl."""
+    """Return the number of steps in metrics.jsonl."""
     log = output / "metrics.jsonl"
     return log.read_text().count('"train/loss"') if log.exists() else 0
 
 
 def seconds_per_step(output: Path) -> float:
-    """Mean time of a step of a finished run, with all that happens around it."""
+    """Return the mean time of a step of a finished run, including everything between steps."""
     times = [json.loads(line)["time"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     return float(times[-1] - times[0]) / max(steps_logged(output) - 1, 1)
 
@@ -200,7 +200,7 @@ def seconds_per_step(output: Path) -> float:
 
 
 def compare(whole: Path, other: Path) -> tuple[dict[str, int], int]:
-    """Differing bits by part of the last checkpoint, and differing lines of the logs."""
+    """Return differing bits by part of the last checkpoint, and the number of differing lines of the logs."""
     one, two = (comparable(read_checkpoint(folder / "checkpoints" / "last.ckpt")) for folder in (whole, other))
     bits = {part: differing_bits(one.pop(key), two.pop(key)) for part, key in PARTS.items()}
     bits["the rest"] = differing_bits(one, two)
@@ -208,14 +208,14 @@ def compare(whole: Path, other: Path) -> tuple[dict[str, int], int]:
 
 
 def comparable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without what is no part of the training: seconds, file sizes, and names of files not yet removed."""
+    """Remove from a checkpoint what is not part of the training: seconds, file sizes, names of files not yet removed."""
     del checkpoint["callbacks"]["RunRecord"], checkpoint["callbacks"]["AdapterCheckpoint"]["kept"]
     del checkpoint["grit_log"]["marks"]
     return checkpoint
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All values in nested mappings and sequences, by path."""
+    """Yield all values in nested mappings and sequences, with their paths."""
     items = (
         value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
     )
@@ -227,7 +227,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differing_bits(one: Any, other: Any) -> int:
-    """Bits in which tensors differ; a value that is missing, of another shape, or another plain value counts for 64."""
+    """Count the bits in which tensors differ; a missing value, another shape, or another plain value counts as 64."""
     first, second = dict(leaves(one)), dict(leaves(other))
     total = 64 * len(first.keys() ^ second.keys())
     for name in first.keys() & second.keys():
@@ -241,12 +241,12 @@ def differing_bits(one: Any, other: Any) -> int:
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
-    """The bits of a tensor, whatever its layout."""
+    """Return the bits of a tensor, whatever its layout."""
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def differing_lines(one: Path, other: Path) -> int:
-    """Lines that are not the same but for their time, counting missing ones."""
+    """Count the lines that differ in more than their time, including missing ones."""
     parsed = []
     for path in (one, other):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -279,7 +279,7 @@ def main() -> int:
 
 
 def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
-    """Kill as often as wanted, with one line each."""
+    """Kill and resume the requested number of runs, and print one line for each."""
     chance = random.Random(args.seed)
     configs = prepare(folder, args.steps, args.every_n_steps, args.workers)
     wholes = {optimizer: folder / f"whole-{path.stem}" for optimizer, path in configs.items()}

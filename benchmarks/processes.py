@@ -1,4 +1,4 @@
-"""Is a run on two processes the run on one? Weights, statistics, ranks and metrics compared; collectives and memory counted.
+"""Does a run on two processes give what a run on one gives? Compares weights, statistics and metrics; counts collectives.
 
     python benchmarks/processes.py              differences and collectives, about two minutes
     python benchmarks/processes.py --memory     resident memory of every process, DDP against FSDP
@@ -47,7 +47,7 @@ def write_backbone(folder: Path, **sizes: Any) -> Path:
 
 
 def micro_batches(count: int, seed: int = 0, vocabulary: int = 320) -> list[dict[str, Tensor]]:
-    """Rows of uneven length and uneven numbers of labels; the second micro-batch has no label at all."""
+    """Return rows of uneven length and uneven numbers of labels; the second micro-batch has no label at all."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for number in range(count):
@@ -62,7 +62,7 @@ def micro_batches(count: int, seed: int = 0, vocabulary: int = 320) -> list[dict
 
 
 def make_module(backbone: Any, geometry: Mapping[str, Any] | None, **settings: Any) -> Any:
-    """A module with a rank-8 LoRA; `geometry` None trains the plain adapter."""
+    """Return a module with a rank-8 LoRA; `geometry` None trains the plain adapter."""
     from peft import LoraConfig
 
     from grit_lightning import GeometryConfig, GritLitModule
@@ -74,7 +74,7 @@ def make_module(backbone: Any, geometry: Mapping[str, Any] | None, **settings: A
 
 
 def make_trainer(kind: str, **settings: Any) -> Any:
-    """A quiet CPU Trainer; the window is the same number of micro-batches over all processes."""
+    """Return a quiet CPU Trainer; the window is the same number of micro-batches over all processes."""
     import lightning.pytorch as pl
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,7 +97,7 @@ def make_trainer(kind: str, **settings: Any) -> Any:
 
 
 def share(batches: list[dict[str, Tensor]]) -> Any:
-    """This process's part of the micro-batches, as a loader."""
+    """Return this process's part of the micro-batches, as a loader."""
     from torch.utils.data import DataLoader
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,7 +105,7 @@ def share(batches: list[dict[str, Tensor]]) -> Any:
 
 
 def train(kind: str, backbone: Path) -> dict[str, Any]:
-    """The run that is compared; return all that is."""
+    """Train the run that is compared; return everything that is compared."""
     import lightning.pytorch as pl
 
     from grit_lightning.callbacks import RankAdaptation, Reprojection
@@ -145,7 +145,7 @@ def train(kind: str, backbone: Path) -> dict[str, Any]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts every collective, and the bytes that this process puts in, whoever asks for it."""
+    """Counts every collective, whoever calls it, and the bytes that this process contributes."""
 
     def __init__(self) -> None:
         """Start at zero."""
@@ -154,7 +154,7 @@ class Collectives(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let every operation pass, and take down those of torch.distributed."""
+        """Count the operations of torch.distributed, and run every operation unchanged."""
         if func.namespace == "c10d" and "barrier" not in func.__name__:
             name = func._opname.strip("_")
             self.calls[name] += 1
@@ -171,7 +171,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def count(kind: str, backbone: Path) -> dict[str, Any]:
-    """Collectives of two refresh periods of training, with the geometry and without."""
+    """Count the collectives of two refresh periods of training, with the geometry and without."""
     with_geometry = {"kfac_update_freq": UPDATE_FREQ, "kfac_min_samples": 1}
     found: dict[str, Any] = {"steps": 2 * UPDATE_FREQ, "plain": _counted(kind, backbone, None)}
     found["geometry"] = _counted(kind, backbone, with_geometry)
@@ -210,7 +210,7 @@ def _counted(kind: str, backbone: Path, geometry: Mapping[str, Any] | None, **se
 
 
 def memory(kind: str, backbone: Path) -> dict[str, float]:
-    """Resident MiB of this process: after the imports, while training, and at the peak."""
+    """Return the resident MiB of this process: after the imports, while training, and at the peak."""
     import grit_lightning.module  # noqa: F401 (what every process pays before there is a model)
 
     start = _resident("VmRSS")
@@ -228,7 +228,7 @@ def _resident(key: str) -> float:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process does: the asked-for runs one after the other, results into files by rank."""
+    """Run all requested jobs one after the other on this process; each result goes to a file named by rank."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
     jobs = {"train": train, "count": count, "memory": memory}
@@ -240,7 +240,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def launch(processes: int, script: Path, *words: str, timeout: int = 600) -> str:
-    """Run a script on so many processes under torchrun; return what it says, raise if it fails."""
+    """Run a script, under torchrun if it is to run on several processes; return its output, raise if it fails."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -262,7 +262,7 @@ def launch(processes: int, script: Path, *words: str, timeout: int = 600) -> str
 
 
 def largest_difference(one: Any, other: Any) -> float:
-    """Largest absolute difference of two tensors, or over two mappings of them, in units of the first one's largest entry."""
+    """Return the largest absolute difference of two tensors, or mappings of them, relative to the first one's largest entry."""
     if isinstance(one, Mapping):
         pairs = [(torch.as_tensor(one[name]).double(), torch.as_tensor(other[name]).double()) for name in one]
     else:
@@ -272,7 +272,7 @@ def largest_difference(one: Any, other: Any) -> float:
 
 
 def replicas_agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two processes have ended with the same bits."""
+    """Return whether two processes have ended with the same bits."""
     same = all(one[key] == other[key] for key in ("ranks", "tokens"))
     return same and all(
         torch.equal(one[part][name], other[part][name]) for part in ("Σ_a", "Σ_g", "weights") for name in one[part]

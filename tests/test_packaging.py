@@ -1,7 +1,13 @@
-"""The wheel: one top-level name, everything inside it that a run needs, and nothing taken from the checkout."""
+"""How the package comes to others.
+
+- The wheel has one top-level name, everything inside it that a run needs, and takes nothing from the checkout.
+- constraints.txt pins every dependency to a version that pyproject.toml allows, whatever the index or build of torch.
+- `make` installs again when the constraints are others, and only then.
+"""
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import shutil
@@ -11,6 +17,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "grit_lightning", "callbacks", "datamodules", "configs")
@@ -96,3 +105,50 @@ def test_the_checkout_imports_through_one_root_only() -> None:
         link = ROOT / "grit_lightning" / name
         assert link.is_symlink()
         assert link.resolve() == ROOT / name
+
+
+def test_constraints_pin_every_dependency_to_a_version_that_it_allows(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_string(archive.read(name).decode())
+    dependencies = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    dependencies = [each for each in dependencies if each.marker is None or each.marker.evaluate({"extra": "dev"})]
+    assert {"torch", "peft", "pytest"} < {each.name for each in dependencies}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    versions = {}
+    for pin in pins:
+        assert pin.url is None
+        (version,) = pin.specifier
+        assert version.operator == "=="
+        assert Version(version.version).local is None  # 2.14.1 is any build of it, 2.14.1+cpu is not on every index
+        versions[canonicalize_name(pin.name)] = version.version
+    assert len(versions) == len(pins)
+    for dependency in dependencies:
+        assert dependency.specifier.contains(versions[canonicalize_name(dependency.name)]), str(dependency)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_installs_again_when_the_constraints_are_others_and_only_then(tmp_path: Path) -> None:
+    constraints, venv = tmp_path / "constraints.txt", tmp_path / "venv"
+    constraints.touch()
+
+    def installs(setting: Path | str) -> list[str]:
+        """The packages' installation, with a `pip` that says only what it would do."""
+        words = ("make", "-s", "install", f"VENV={venv}", f"CONSTRAINTS={setting}", "PYTHON=true", "PIP=echo pip")
+        said = _run(*words, cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"})
+        return [line for line in said.splitlines() if line.startswith("pip") and line.endswith("--editable .")]
+
+    pinned, newest = (
+        [f"pip --constraint {constraints} --editable ."],
+        ["pip --upgrade --upgrade-strategy eager --editable ."],
+    )
+    assert installs(constraints) == pinned
+    assert installs(constraints) == []
+    assert installs("") == newest
+    assert installs("") == []
+    assert installs(constraints) == pinned
+    assert installs(constraints) == []
+    later = constraints.stat().st_mtime + 3600
+    os.utime(constraints, (later, later))
+    assert installs(constraints) == pinned
