@@ -43,8 +43,8 @@ def read_checkpoint(checkpoint: Path, *, map_location: Any = "cpu", mmap: bool =
         content = torch.load(checkpoint, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InvalidValueError(
-            f"ckpt_path: expected a checkpoint that can be read, got {checkpoint}, which is damaged or cut off: {error}. Set it "
-            "to an earlier one."
+            f"ckpt_path: expected a checkpoint that can be read, got {checkpoint}, which is damaged or cut off: {error}. "
+            "Set it to an earlier one."
         ) from error
     if not isinstance(content, dict):
         raise InvalidValueError(
@@ -88,7 +88,7 @@ def require_format(version: int, name: str = "Checkpoint") -> None:
 
 
 def model_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as they are written on the command line and in YAML.
+    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as the command line and YAML write them.
 
     Args:
         checkpoint: Path of a Lightning checkpoint.
