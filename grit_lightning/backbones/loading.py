@@ -220,15 +220,16 @@ def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | No
     try:
         return auto_class.from_pretrained(source.location, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        where = f"expected files in {source} that can be read, got an error"
+        expected, got = f"files in {source} that can be read", "an error"
         if source.kind == "hub":
             local = os.path.abspath(source.location)
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-            where = (
-                f"expected a local folder {local}, or {source.location!r}{' at revision ' + revision if revision else ''} in "
-                f"the local cache or on the hub, got neither{offline}"
-            )
-        raise FileAccessError(f"Cannot load the {what}: {where}: {str(error).strip()}\n{HOW_TO_POINT}") from error
+            version = f" at revision {revision}" if revision else ""
+            expected = f"a local folder {local}, or {source.location!r}{version} in the local cache or on the hub"
+            got = f"neither{offline}"
+        raise FileAccessError(
+            f"Cannot load the {what}: expected {expected}, got {got}: {str(error).strip()}\n{HOW_TO_POINT}"
+        ) from error
 
 
 def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:

@@ -39,7 +39,7 @@ class BertScorer:
             folder = os.path.basename(encoder.rstrip("/"))
             raise FileAccessError(
                 f"model.generation.bertscore_encoder: expected a folder, or a hub id that can be fetched, got {encoder!r}: "
-                f"{str(error).strip().splitlines()[0]} On a machine with a network, run\n"
+                f"{str(error).strip().splitlines()[0]} Where there is a network, run\n"
                 f"    hf download {encoder} --local-dir {folder}\n"
                 "then copy the folder here and set model.generation.bertscore_encoder to it, or set it to null to leave "
                 "BERTScore out."
@@ -47,8 +47,7 @@ class BertScorer:
         layers = self._model.config.num_hidden_layers
         if layer > layers:
             raise InvalidValueError(
-                f"model.generation.bertscore_layer: expected at most {layers}, the number of layers of the encoder {encoder!r}, "
-                f"got {layer}."
+                f"model.generation.bertscore_layer: expected at most {layers}, the layers of {encoder!r}, got {layer}."
             )
         self._model.requires_grad_(False).eval()
         self._layer = layer

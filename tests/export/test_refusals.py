@@ -142,5 +142,5 @@ def test_unsupported_adapters(
 
 
 def test_module_that_is_not_built(lora_config: Callable[..., LoraConfig], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="not built yet"):
+    with pytest.raises(RuntimeError, match="expected one that is built, got none yet"):
         export_adapter(GritLitModule("x/y", lora_config()), tmp_path / "out")
