@@ -1,4 +1,4 @@
-"""Checkpoints that a run killed at any moment goes on from as if it had never stopped."""
+"""Checkpoints from which a run that was killed at any moment resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LOG_KEY = "grit_log"
 class AdapterCheckpoint(ModelCheckpoint):
     """Saves every few optimizer steps, and after the last step of an epoch and of the run; `last.ckpt` links to the newest.
 
-    It saves at the end of a step, after every other callback; where a validation follows the step, after that. A file has
-    its final name only when all of it is on disk, `last.ckpt` moves in one rename, and an older file goes only after that:
-    a run killed at any moment leaves a checkpoint to resume from. `Trainer.save_checkpoint` is made atomic too.
+    It saves at the end of a step, after every other callback, and after the validation if one follows the step. A file gets
+    its final name only when all of it is on disk, `last.ckpt` is moved in one rename, and only then is an older file removed:
+    a run that is killed at any moment leaves a checkpoint to resume from. `Trainer.save_checkpoint` becomes atomic too.
 
     What the run logs is part of the checkpoint: Lightning writes the metrics of a step after the checkpoint of that step,
-    and repeats values that are logged now and then (ranks, say) with every later step of the epoch. On resume,
-    `metrics.jsonl` is cut back to where it was, and gets exactly the lines that the uninterrupted run would have written.
+    and repeats values that are logged only now and then (ranks, say) at every later step of the epoch. On resume,
+    `metrics.jsonl` is cut back to where it was, and gets exactly the lines that an uninterrupted run would have written.
 
     Args:
         dirpath: Folder of the checkpoints; None is `checkpoints/` in the run's folder.
@@ -37,7 +37,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         keep_last: How many of the newest to keep.
 
     Raises:
-        ValueError: A number is not at least 1.
+        ValueError: If a number is less than 1.
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50, keep_last: int = 1) -> None:
@@ -57,18 +57,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     # When to save.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Settle the folder, and have every checkpoint of this Trainer written atomically."""
+        """Choose the folder, and make this Trainer write every checkpoint atomically."""
         super().setup(trainer, pl_module, stage)
         make_atomic(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not save the step again that the run resumes from."""
+        """Avoid saving the step that the run resumes from a second time."""
         self._seen_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if this micro-batch has closed a due optimizer step."""
+        """Save if this micro-batch has completed an optimizer step that is due."""
         step = trainer.global_step
         if step == self._seen_step or is_dev_run(trainer):
             return
@@ -83,29 +83,29 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the step that the validation has measured, if it is due."""
+        """Save the step that has just been validated, if it is due."""
         if self._waits_for_validation and trainer.state.fn == TrainerFn.FITTING:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: the last step of the epoch has been saved."""
+        """Do nothing: the last step of the epoch has already been saved."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step of a run that was stopped between two due ones."""
+        """Save the last step of a run that was stopped between two due steps."""
         if self._saved_step != trainer.global_step and not is_dev_run(trainer):
             self._save(trainer)
 
     # Saving.
 
     def _save(self, trainer: pl.Trainer) -> None:
-        """Write, link, and only then remove what is too old. All processes take part."""
+        """Write, link, and only then remove old files. All processes take part."""
         folder = Path(str(self.dirpath))
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}{self.FILE_EXTENSION}"
         self._waits_for_validation = False
         self._saved_step = trainer.global_step
         self._kept = [*(kept for kept in self._kept if kept != name), name]
         self.best_model_path, self.last_model_path = str(folder / name), str(folder / f"last{self.FILE_EXTENSION}")
-        trainer.save_checkpoint(folder / name)  # with the names of the older files, in case this process ends here
+        trainer.save_checkpoint(folder / name)  # lists the older files too, in case this process ends here
         if trainer.is_global_zero:
             point_to(Path(self.last_model_path), name)
         trainer.strategy.barrier("AdapterCheckpoint")
@@ -118,11 +118,11 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same for any setting, so that a run may go on with another interval."""
+        """A key without settings, so that a run may be resumed with another interval."""
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which files are there."""
+        """Return which files exist."""
         return {"saved_step": self._saved_step, "kept": list(self._kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add how far the log has come, and what Lightning will write next if it is not stopped."""
+        """Add the position in the log, and what Lightning will write next if it is not stopped."""
         if _inside_epoch(trainer):
             _count_epoch_as_begun(checkpoint)
         checkpoint[LOG_KEY] = {
@@ -148,11 +148,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep it for the start of the fit."""
+        """Keep the state of the log for the start of the fit."""
         self._resumed_log = checkpoint.get(LOG_KEY)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume, bring the log to where it was just after the step of the checkpoint."""
+        """On resume, restore the log to just after the step of the checkpoint."""
         log = self._resumed_log = None if trainer.ckpt_path is None else self._resumed_log
         if log is None:
             return
@@ -166,19 +166,19 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """On resume, give Lightning the values back that it repeats until the end of the epoch."""
+        """On resume, give Lightning back the values that it repeats until the end of the epoch."""
         log, self._resumed_log = self._resumed_log, None
         if log is not None and log["metrics"] and batch_idx > 0 and trainer.current_epoch == log["epoch"]:
             pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates between this micro-batch and the next one, by its own rule."""
+    """Return whether Lightning validates between this micro-batch and the next one, by its own rule."""
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every != 0):
         return False
     interval = trainer.val_check_batch
-    if interval is None:  # by the clock, so that it cannot be told in advance
+    if interval is None:  # by the clock, which cannot be known in advance
         return False
     if interval == float("inf"):
         return trainer.is_last_batch
@@ -187,7 +187,7 @@ def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def _log_line_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning is in a micro-batch that closes a step whose metrics it writes afterwards."""
+    """Return whether Lightning is in a micro-batch that completes a step whose metrics it writes afterwards."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     if not trainer.training or not _inside_epoch(trainer):
         return False
@@ -197,22 +197,22 @@ def _log_line_follows(trainer: pl.Trainer) -> bool:
 
 
 def _inside_epoch(trainer: pl.Trainer) -> bool:
-    """Whether this is the end of a micro-batch, or the validation after it."""
+    """Return whether this is the end of a micro-batch, or the validation after it."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return trainer.validating or progress.processed != progress.completed
 
 
 def _count_epoch_as_begun(checkpoint: dict[str, Any]) -> None:
-    """Correct Lightning's count of epochs: resumed after the last step of one, it does not count the next one as begun.
+    """Correct Lightning's count of epochs: after a resume from an epoch's last step, it does not count the next as begun.
 
-    A checkpoint of that next epoch would then pass for one between two epochs, and the epoch would be run once more.
+    A checkpoint of that next epoch would then be mistaken for one between two epochs, and the epoch would run again.
     """
     for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
         count["ready"] = count["started"] = count["processed"] + 1
 
 
 def _current_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what Lightning would write for this step: what was logged in it, or earlier in the epoch and not since."""
+    """Return what Lightning would write for this step: values logged in it, or last logged earlier in the epoch."""
     logged = trainer.logged_metrics  # grows with everything that is logged: emptied, it is filled with what counts now
     ever = dict(logged)
     logged.clear()

@@ -17,7 +17,7 @@ from grit_lightning.backbones.inputs import context_length, require_context
 from grit_lightning.backbones.loading import load_tokenizer
 from grit_lightning.callbacks.base import ScheduledCallback
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.forgetting.change import mean_change
 from grit_lightning.forgetting.held_out import HeldOutSet, TextBlocks
 from grit_lightning.forgetting.likelihood import log_likelihoods
@@ -27,7 +27,7 @@ from grit_lightning.forgetting.zero_shot import ZeroShotTask
 
 FILENAME = "forgetting.jsonl"
 BACKBONE_TOLERANCE = 1e-3
-"""Nats per token by which the loss without adapter may move: kernels of another machine, after a resume, round otherwise."""
+"""Nats per token by which the loss without adapter may move: after a resume, another machine may round differently."""
 
 Scores = dict[str, Tensor]
 """Log-likelihoods of the sequences of each held-out set, by its name."""
@@ -38,16 +38,16 @@ class ForgettingProbe(ScheduledCallback):
 
     ΔL_pt = L_pt(after) − L_pt(before), in nats per token, with a bootstrap interval that is paired over blocks of text (over
     questions for accuracies). The loss of the backbone alone, with the adapter switched off, is measured at the start and at
-    the end too: it must not move, and a warning says so if it does.
+    the end too: it must not change, and a warning says so if it does.
 
     Loggers get `forgetting/<name>/<metric>` and `forgetting/<name>/<metric>_delta`, with the metrics `loss` of texts, `acc`
     and `acc_norm` of questions, and `forgetting/<name>/loss_adapter_off`. `RunRecord` puts the results into summary.json
-    under `forgetting`, and every block's and question's own numbers stand in `forgetting.jsonl` in the run's folder, if the
-    run has loggers.
+    under `forgetting`, and the numbers of each block and question go into `forgetting.jsonl` in the run's folder, if the run
+    has loggers.
 
     Training goes on as if there were no probe: same weights, same random numbers, same statistics. A resumed run takes
     the values before training from its checkpoint. Several processes share the work. In `fast_dev_run` one batch of each
-    data set is measured, in a barebones Trainer nothing.
+    data set is measured, in a barebones Trainer none.
 
     Args:
         texts: Held-out texts, proxies of the pretraining data.
@@ -56,10 +56,10 @@ class ForgettingProbe(ScheduledCallback):
         max_blocks: Blocks of each text, from its start; None for all.
         batch_size: Blocks, or options of questions, in a forward pass of a process.
         every_n_steps: Optimizer steps between measurements during training; None measures before and after only.
-        start_step: First optimizer step at which one during training may happen.
-        stop_step: Last one; None for no end.
+        start_step: First optimizer step at which to measure during training.
+        stop_step: Last such step; None for no end.
         confidence: Level of the intervals, in (0, 1).
-        tokenizer: Where the tokenizer comes from; None for the data module's, or else the backbone's.
+        tokenizer: Hub id or folder of the tokenizer; None for the data module's, or else the backbone's.
 
     Raises:
         ValueError: If there is nothing to measure, a setting is out of range, or two data sets have the same name.
@@ -85,18 +85,18 @@ class ForgettingProbe(ScheduledCallback):
             ("max_blocks", max_blocks, 1),
             ("batch_size", batch_size, 1),
         ):
-            if value is not None and value < least:
-                raise InvalidValueError(f"ForgettingProbe.{name} must be an integer ≥ {least}, got {value}.")
-        if not 0.0 < confidence < 1.0:
-            raise InvalidValueError(f"ForgettingProbe.confidence must lie in (0, 1), got {confidence}.")
+            require("ForgettingProbe", name, value is None or value >= least, f"an integer ≥ {least}", value)
+        require("ForgettingProbe", "confidence", 0.0 < confidence < 1.0, "a number in (0, 1)", confidence)
         self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
         self.zero_shot = [ZeroShotTask(**task) if isinstance(task, Mapping) else task for task in zero_shot or []]
         names = [text.label for text in self.texts] + [task.label for task in self.zero_shot]
         if not names:
-            raise InvalidValueError("ForgettingProbe measures nothing: give it texts, zero_shot tasks, or both.")
+            raise InvalidValueError(
+                "ForgettingProbe: expected something to measure, got neither texts nor zero_shot tasks. Set either of them."
+            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InvalidValueError(
-                f"ForgettingProbe has several data sets called {', '.join(twice)}: set their `name`."
+                f"ForgettingProbe: expected data sets with different names, got several called {', '.join(twice)}. Set `name`."
             )
         self.block_size = block_size
         self.max_blocks = max_blocks
@@ -116,10 +116,10 @@ class ForgettingProbe(ScheduledCallback):
         """Read the data, on every process, before anything is trained.
 
         Raises:
-            FileNotFoundError: Data are missing.
-            ValueError: Data do not have what is expected of them.
-            ConnectionError: The hub cannot be reached.
-            MisconfigurationException: No tokenizer can be found.
+            FileNotFoundError: If data are missing.
+            ValueError: If data cannot be used as they are.
+            ConnectionError: If the hub cannot be reached.
+            MisconfigurationException: If no tokenizer can be found.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.barebones:
@@ -147,7 +147,7 @@ class ForgettingProbe(ScheduledCallback):
             self._sets = [held_out.within(context) for held_out in self._sets]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what there is to be forgotten; a resumed run has done that."""
+        """Measure what can be forgotten; a resumed run has done so already."""
         super().on_train_start(trainer, pl_module)
         self._after = {}
         if trainer.global_step == 0:
@@ -160,7 +160,7 @@ class ForgettingProbe(ScheduledCallback):
             )
 
     def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure in between; the values are there for early stopping and checkpoints to monitor."""
+        """Measure during training, so that early stopping and checkpoints can monitor the values."""
         if trainer.global_step == trainer.max_steps:
             return  # `on_train_end` is next
         scores = self._measure(trainer, pl_module, "during")
@@ -186,7 +186,7 @@ class ForgettingProbe(ScheduledCallback):
         return {"fingerprints": self._fingerprints, "before": dict(self._before), "backbone": dict(self._backbone[0])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the values before training from an earlier attempt.
+        """Restore the values from before training.
 
         Raises:
             ValueError: If they were measured on other data than this run would measure after training.
@@ -196,14 +196,14 @@ class ForgettingProbe(ScheduledCallback):
         for name, fingerprint in self._fingerprints.items():
             if state_dict["fingerprints"].get(name, fingerprint) != fingerprint:
                 raise InvalidValueError(
-                    f"ForgettingProbe: what {name} measures is not what the checkpoint has measured before training. "
-                    "Set its source, block_size, max_blocks or limit, and the tokenizer, as they were; or rename it."
+                    f"ForgettingProbe: expected {name} to hold what the checkpoint measured before training, got something "
+                    "else. Set its source, block_size, max_blocks or limit, and the tokenizer, as they were, or rename it."
                 )
         self._before, self._backbone = dict(state_dict["before"]), (dict(state_dict["backbone"]), {})
 
     @property
     def state_key(self) -> str:
-        """The same for any setting, so that a run may go on with another interval."""
+        """A key without settings, so that a run may be resumed with another interval."""
         return type(self).__qualname__
 
     # Results.
@@ -219,7 +219,7 @@ class ForgettingProbe(ScheduledCallback):
         return {"forgetting": rows}
 
     def _row(self, held_out: HeldOutSet, metric: str) -> dict[str, Any]:
-        """`before`, `after`, `delta`, its `interval`, and for texts `adapter_off_before` and `_after`; None if missing."""
+        """Return before, after, delta and its interval; for texts also adapter_off_before and _after; None if missing."""
         before, after = self._before.get(held_out.name), self._after.get(held_out.name)
         row: dict[str, Any] = {"before": _mean(held_out, metric, before), "after": _mean(held_out, metric, after)}
         row |= {"delta": None, "interval": None, "confidence": self.confidence}
@@ -232,7 +232,7 @@ class ForgettingProbe(ScheduledCallback):
         return row
 
     def _metrics(self, scores: Scores) -> dict[str, float]:
-        """Means for the loggers, and their changes where there is a value before."""
+        """Return means for the loggers, and their changes where there is a value from before training."""
         logged = {}
         for held_out in self._sets:
             for metric in held_out.metrics:
@@ -247,7 +247,7 @@ class ForgettingProbe(ScheduledCallback):
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str, *, without_adapter: bool = False
     ) -> Scores:
-        """Score every set on all processes (texts only without adapter), log and write down; return float64 on the CPU."""
+        """Score every set on all processes (texts only without adapter), log and write them; return float64 on the CPU."""
         sets = [held_out for held_out in self._sets if isinstance(held_out, TextBlocks) or not without_adapter]
         if not sets:
             return {}
@@ -289,8 +289,8 @@ class ForgettingProbe(ScheduledCallback):
         backbone = getattr(pl_module, "backbone_options", {}).get("source")
         if not isinstance(backbone, str):
             raise MisconfigurationException(
-                "ForgettingProbe needs a tokenizer, but neither the data module nor the backbone names one. Set "
-                "ForgettingProbe.tokenizer to a hub id or folder."
+                "ForgettingProbe.tokenizer: expected a tokenizer here or from the data module or backbone, got none. Set "
+                "it to a hub id or folder."
             )
         return load_tokenizer(backbone)
 
@@ -299,8 +299,8 @@ def _peft_model(pl_module: pl.LightningModule) -> PeftModel:
     model = getattr(pl_module, "model", None)
     if not isinstance(model, PeftModel):
         raise MisconfigurationException(
-            f"ForgettingProbe switches the adapter of a PEFT model off, but {type(pl_module).__name__}.model is "
-            f"{type(model).__name__}. Use a GritLitModule, or remove the callback."
+            f"ForgettingProbe: expected {type(pl_module).__name__}.model to be a PEFT model, whose adapter can be switched "
+            f"off, got {type(model).__name__}. Use a GritLitModule, or remove the callback."
         )
     return model
 

@@ -1,4 +1,4 @@
-"""The micro-batches between two optimizer steps: what is known about them, and whether their step may be taken."""
+"""The micro-batches between two optimizer steps: their losses, and whether the step may be taken."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grit_lightning.errors import DivergedError, InvalidValueError
 
 
 class ClosedWindow(NamedTuple):
-    """What a window that has come to its end says.
+    """The result of a window that has ended.
 
     Attributes:
         loss_sums: float32 `[2]`: sum of the losses of this process's micro-batches, and how many of them had labels.
-        finite: Whether the gradients are finite, and so the step can be taken.
+        finite: Whether the gradients are finite, so that the step can be taken.
     """
 
     loss_sums: Tensor
@@ -49,14 +49,14 @@ class AccumulationWindow:
         """Check the window before its optimizer step, and open the next one.
 
         Args:
-            gradients: Those of the trained parameters, by now the same on all processes. Those of an epoch's last window,
-                which may be shorter than the others, are brought to full size in place.
+            gradients: Gradients of the trained parameters, by now the same on all processes. An epoch's last window may be
+                shorter than the others; its gradients are scaled up to a full window in place.
             size: Micro-batches of a full window, by which Lightning has divided the loss.
             step: Number of the optimizer step, for messages.
-            scaled: Whether a gradient scaler is there to skip a step whose gradients are not finite.
+            scaled: Whether a gradient scaler will skip a step whose gradients are not finite.
 
         Raises:
-            FloatingPointError: If a loss is not finite, or a gradient is not and nobody would skip the step.
+            FloatingPointError: If a loss is not finite, or a gradient is not and no scaler would skip the step.
             ValueError: If no micro-batch of the window had a label token.
         """
         losses, self._losses = torch.stack(self._losses), []
@@ -67,9 +67,9 @@ class AccumulationWindow:
         return ClosedWindow(losses.sum(0), finite)
 
     def state_dict(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
-        """Return the window under way with the gradients gathered in it, None between two windows; a collective.
+        """Return the unfinished window with its gradients so far, or None between two windows; a collective.
 
-        Gradients are the means over all processes, to which they add up to the same mean as those of each process would.
+        Gradients are saved as means over all processes, which leads to the same mean at the end of the window.
 
         Args:
             trained: The trained parameters, by name.
@@ -88,12 +88,12 @@ class AccumulationWindow:
     def load_state_dict(
         self, state: Mapping[str, Any] | None, trained: Mapping[str, nn.Parameter], device: torch.device
     ) -> None:
-        """Go on in the middle of a window.
+        """Continue in the middle of a window.
 
         Args:
             state: From `state_dict`; None leaves the window as it is.
             trained: The trained parameters, by name; they get their gradients back.
-            device: Where losses are computed.
+            device: Device on which losses are computed.
         """
         if state is None:
             return
@@ -105,22 +105,24 @@ class AccumulationWindow:
 
 
 def _require_learnable(losses: Tensor, gradients: list[Tensor], step: int, scaled: bool) -> bool:
-    """Return whether the gradients are finite; raise as `AccumulationWindow.close` says, alike on every process.
+    """Return whether the gradients are finite; raise as `AccumulationWindow.close` does, on every process alike.
 
-    Losses `[M, 2]` are this process's own: of each micro-batch, and whether it had labels. Gradients are everybody's.
+    Losses `[M, 2]` are this process's own: each micro-batch's loss, and whether it had labels. Gradients are of all processes.
     """
     norm = torch.stack(torch._foreach_norm(gradients)).float().norm()
     (loss, learnt), length = losses.sum(0).tolist(), float(norm)
     others = " of all processes" if process_count() > 1 else ""
     if not math.isfinite(loss) or not (math.isfinite(length) or scaled):
-        what = "loss" if not math.isfinite(loss) else f"gradient{others} is not finite, the loss"
+        what, found = "training loss", f"{losses[:, 0].tolist()}"
+        if math.isfinite(loss):
+            what, found = f"gradient{others}", f"one that is not, at a loss of {found}"
         raise DivergedError(
-            f"The training {what} is {losses[:, 0].tolist()} at optimizer step {step}. Nothing of this step was applied. "
-            "Lower the learning rate, set trainer.gradient_clip_val, or use bfloat16 instead of float16."
+            f"Optimizer step {step}: expected a finite {what}, got {found}. The step was not taken. Lower the learning rate, "
+            "set trainer.gradient_clip_val, or use bfloat16 instead of float16."
         )
     if learnt == 0 and length == 0.0:
         raise InvalidValueError(
-            f"None of the {len(losses)} micro-batches of optimizer step {step} has a label token, so there is nothing to "
-            "learn. Look at the labels (−100 where nothing is learnt), or raise data.max_length if answers were cut off."
+            f"Optimizer step {step}: expected a label token in at least one of {len(losses)} micro-batches, got none. Look at "
+            "the labels (−100 where nothing is learnt), or raise data.max_length if answers were cut off."
         )
     return math.isfinite(length)

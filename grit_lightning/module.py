@@ -25,7 +25,7 @@ from grit_lightning.checkpoints.plain_values import to_plain_values
 from grit_lightning.checkpoints.trained_parameters import load_trained_state, trained_parameters, trained_state
 from grit_lightning.distributed.collectives import sum_over_processes
 from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import require
 from grit_lightning.evaluation.choices import choice_scores
 from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
 from grit_lightning.evaluation.datamodule_protocols import HasMaxLength, HasTasks, evaluation_key
@@ -49,15 +49,15 @@ class GritLitModule(pl.LightningModule):
         backbone: Hub id, local folder, GGUF file, `pypi:<module>` for a model inside an installed package, or an instance.
         adapter: PEFT configuration, usually a `peft.LoraConfig` (a dict from its `to_dict()` is accepted too).
         geometry: Settings of the rank-space geometry, or None to train the plain adapter.
-        optimizer: Callable from the trainable parameters to an optimizer. None is what was measured best
+        optimizer: Callable from the trainable parameters to an optimizer. None for the best by our measurements
             (docs/measurements.md): `EigenbasisAdam` with a geometry, `torch.optim.AdamW` without one.
         lr_scheduler: Callable from the optimizer to a scheduler stepped once per optimizer step, `cosine` for cosine decay
             to zero after a linear warm-up, or None for a constant rate.
         warmup_fraction: Part of all optimizer steps that the `cosine` schedule warms up for (paper: 0.05).
-        dtype: `auto`, `float32`, `bfloat16` or `float16`, of the frozen weights.
+        dtype: Dtype of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
         quantization: `nf4` quantises the frozen weights to 4 bit through bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward pass.
-        attn_implementation: Attention kernel name passed to transformers, None for its default.
+        attn_implementation: Name of the attention kernel for transformers, None for its default.
         revision: Revision of a hub id.
         trim_logits: In training, compute logits only from the position before the batch's first label on. Saves time and
             memory where prompts are long and answers short; gradients agree to rounding, not to the bit.
@@ -65,7 +65,7 @@ class GritLitModule(pl.LightningModule):
             generates none.
 
     Raises:
-        ValueError: If an argument is out of range; errors of the backbone and adapter come from `configure_model`.
+        ValueError: If an argument is out of range; errors in backbone and adapter are raised by `configure_model`.
     """
 
     def __init__(
@@ -86,15 +86,14 @@ class GritLitModule(pl.LightningModule):
     ) -> None:
         """Remember the recipe; nothing is loaded before `configure_model`."""
         super().__init__()
-        if not 0.0 <= warmup_fraction <= 1.0:
-            raise InvalidValueError(f"Expected model.warmup_fraction in [0, 1], got {warmup_fraction}.")
+        require("model", "warmup_fraction", 0.0 <= warmup_fraction <= 1.0, "a number in [0, 1]", warmup_fraction)
         self.adapter_config = get_peft_config(dict(adapter)) if isinstance(adapter, Mapping) else adapter
         self.geometry_config = GeometryConfig(**geometry) if isinstance(geometry, Mapping) else geometry
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.warmup_fraction = warmup_fraction
         self.backbone_options: dict[str, Any] = {
-            "source": backbone,  # in a dict, so that an instance does not become a submodule a second time
+            "source": backbone,  # in a dict, so that an instance does not become a second submodule
             "dtype": dtype,
             "quantization": quantization,
             "gradient_checkpointing": gradient_checkpointing,
@@ -145,10 +144,10 @@ class GritLitModule(pl.LightningModule):
         self.model, self.geometry = model, geometry
 
     def setup(self, stage: str) -> None:
-        """Check the strategy; ask the data module for its task's metrics, and for what generated answers are scored by.
+        """Check the strategy; get the task's metrics, and the references of generated answers, from the data module.
 
         Raises:
-            MisconfigurationException: If the strategy would split the adapter, or answers are to be generated and the data
+            MisconfigurationException: If the strategy would split the adapter, or answers should be generated and the data
                 module has no references for them.
             OSError: If the encoder of BERTScore cannot be read.
         """
@@ -163,8 +162,8 @@ class GritLitModule(pl.LightningModule):
         if isinstance(optimizer, GeometryAdam):
             if self.geometry is None:
                 raise MisconfigurationException(
-                    f"{type(optimizer).__name__} needs the rank-space geometry. Set model.geometry to a GeometryConfig, or "
-                    "use torch.optim.AdamW."
+                    f"model.geometry: expected a GeometryConfig, which {type(optimizer).__name__} needs, got null. Set it, or "
+                    "set model.optimizer to torch.optim.AdamW."
                 )
             optimizer.bind(self.geometry)
         if self.scheduler_factory is None:
@@ -188,8 +187,8 @@ class GritLitModule(pl.LightningModule):
             for optimizer in self.trainer.optimizers or []:
                 if getattr(optimizer, "_step_supports_amp_scaling", False):
                     raise MisconfigurationException(
-                        f"{type(optimizer).__name__} with fused=True un-scales fp16 gradients inside its own step, after "
-                        "preconditioning. Set fused=False, or train with precision bf16-mixed."
+                        "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
+                        f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
                     )
         if isinstance(self._datamodule, HasMaxLength):
             length = self._datamodule.max_length or 0
@@ -205,7 +204,9 @@ class GritLitModule(pl.LightningModule):
             RuntimeError: Before `configure_model`.
         """
         if self.model is None:
-            raise RuntimeError("The model is not built yet: call configure_model(), or let the Trainer do it.")
+            raise RuntimeError(
+                "Model: expected one that is built, got none yet. Call configure_model(), or let the Trainer do it."
+            )
         return self.model
 
     # Steps.
@@ -229,7 +230,7 @@ class GritLitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the label tokens, 0 without any, and tell the geometry how to undo that mean.
 
-        Several processes average their gradients, so that a micro-batch counts the same on whichever process it is.
+        Several processes average their gradients, so that a micro-batch counts the same on any process.
         """
         label_tokens = label_token_count(learnt_labels(batch))
         if self.geometry is not None:
@@ -255,10 +256,10 @@ class GritLitModule(pl.LightningModule):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Precondition the accumulated gradients, before clipping. By now all processes have the same ones.
+        """Precondition the accumulated gradients, which all processes now share, before they are clipped.
 
         Raises:
-            FloatingPointError: If the loss or gradient of the window was not finite; weights are still those of the last step.
+            FloatingPointError: If the loss or gradient of the window is not finite; the weights are those of the last step.
             ValueError: If no micro-batch of the window had a label token.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -273,29 +274,29 @@ class GritLitModule(pl.LightningModule):
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 
     def on_train_end(self) -> None:
-        """Take the last statistics of all processes together, so that the records are those of the whole run."""
+        """Combine the last statistics of all processes, so that the records cover the whole run."""
         if self.geometry is not None:
             self.geometry.reduce()
 
     def _log_loss(self, sums: Tensor) -> None:
-        """Log the window's mean loss over its micro-batches with labels, of all processes at the steps that loggers see."""
+        """Log the window's mean loss over its micro-batches with labels; over all processes, at logged steps."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set outside the Trainer's __init__
         if every and (self.trainer.global_step + 1) % every == 0:
             sum_over_processes([sums])
         self.log("train/loss", sums[0] / sums[1].clamp(min=1), prog_bar=True, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[AnsweredRow]]:
-        """Log the loss, for closed answers the task's classification metrics, and scores of generated answers.
+        """Log the loss, the task's classification metrics for closed answers, and scores of generated answers.
 
         In a mixture of tasks, each loader's results are logged under its task's name.
 
         Returns:
-            `generations`: the rows to which answers were generated.
+            `generations`: the rows for which answers were generated.
         """
         return self._evaluate(batch, batch_idx, self._key("val", dataloader_idx))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[AnsweredRow]]:
-        """Do the same as in validation, under `test/`."""
+        """Log the same as in validation, under `test/`."""
         return self._evaluate(batch, batch_idx, self._key("test", dataloader_idx))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor | list[AnsweredRow]:
@@ -307,7 +308,7 @@ class GritLitModule(pl.LightningModule):
         return choice_scores(self.peft_model, batch, logits) if "choice_ids" in batch else logits
 
     def _evaluate(self, batch: Batch, batch_idx: int, key: str) -> dict[str, list[AnsweredRow]]:
-        # Rows that do not count go along: with sharded weights all processes must run.
+        # Rows that do not count are run too: with sharded weights all processes must take part.
         learnt = {**batch, "labels": batch["labels"].masked_fill(~counted_rows(batch)[:, None], IGNORED)}
         output = self(learnt, trim=True)
         # The epoch's loss is the mean over label tokens. A float: Lightning truncates the mean over processes of an integer.
@@ -326,7 +327,7 @@ class GritLitModule(pl.LightningModule):
         return rows
 
     def _key(self, stage: str, dataloader_idx: int) -> str:
-        """Return what a loader's results are logged under; in a mixture each task has its loader."""
+        """Return the key that a loader's results are logged under; in a mixture each task has its own loader."""
         if not isinstance(self._datamodule, HasTasks):
             return stage
         return evaluation_key(stage, list(self._datamodule.tasks)[dataloader_idx])
@@ -343,19 +344,19 @@ class GritLitModule(pl.LightningModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the next step depends on beside Lightning's own; a collective."""
+        """Add what the next step depends on, besides Lightning's own content; a collective."""
         self.packer.pack(checkpoint, trained_parameters(self), self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits this model, and only then restore the geometry.
 
         Raises:
-            ValueError: If the checkpoint is not one of this class, of another format version, backbone or adapter.
+            ValueError: If the checkpoint is not from this class, or has another format version, backbone or adapter.
         """
         self.packer.unpack(checkpoint, trained_parameters(self))
 
     def on_train_start(self) -> None:
-        """On resume, put random numbers and an unfinished window back; nothing draws from here to the first batch."""
+        """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""
         if self.trainer.ckpt_path is not None:  # a module from `load_from_checkpoint` is trained anew
             self.packer.resume(trained_parameters(self), self.device, self.global_rank)
 

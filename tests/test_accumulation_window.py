@@ -36,19 +36,25 @@ def test_a_short_window_gets_gradients_of_full_size() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused_with_its_step(broken: float) -> None:
-    with pytest.raises(FloatingPointError, match=r"training loss is \[1\.0, (nan|inf)\] at optimizer step 7"):
+    with pytest.raises(
+        FloatingPointError, match=r"Optimizer step 7: expected a finite training loss, got \[1\.0, (nan|inf)\]"
+    ):
         window_of((1.0, YES), (broken, YES)).close([torch.ones(1)], 2, step=7, scaled=True)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_unless_a_scaler_skips_the_step() -> None:
     gradient = torch.tensor([torch.inf])
-    with pytest.raises(FloatingPointError, match=r"gradient is not finite, the loss is \[1\.0\]"):
+    with pytest.raises(
+        FloatingPointError, match=r"expected a finite gradient, got one that is not, at a loss of \[1\.0\]"
+    ):
         window_of((1.0, YES)).close([gradient], 1, step=0, scaled=False)
     assert not window_of((1.0, YES)).close([gradient], 1, step=0, scaled=True).finite
 
 
 def test_a_window_without_labels_is_refused_only_if_no_process_has_any() -> None:
-    with pytest.raises(ValueError, match="None of the 2 micro-batches of optimizer step 3 has a label token"):
+    with pytest.raises(
+        ValueError, match="Optimizer step 3: expected a label token in at least one of 2 micro-batches, got none"
+    ):
         window_of((0.0, NO), (0.0, NO)).close([torch.zeros(2)], 2, step=3, scaled=False)
     window_of((0.0, NO)).close(
         [torch.ones(2)], 1, step=3, scaled=False

@@ -277,7 +277,7 @@ def test_a_non_finite_loss_stops_before_the_weights_change(
     module.configure_model()
     before = adapter_of(module)
     module.model.get_base_model().lm_head.weight[7, 7] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"loss is \[nan\] at optimizer step 0"):
+    with pytest.raises(FloatingPointError, match=r"Optimizer step 0: expected a finite training loss, got \[nan\]"):
         fit(module, batches, tmp_path)
     for name, value in adapter_of(module).items():
         assert torch.equal(value, before[name])
@@ -290,7 +290,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     module.configure_model()
     before = adapter_of(module)
     next(p for p in module.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(FloatingPointError, match=r"gradient is not finite, the loss is \[\d"):
+    with pytest.raises(FloatingPointError, match=r"expected a finite gradient, got one that is not, at a loss of \[\d"):
         fit(module, batches, tmp_path)
     for name, value in adapter_of(module).items():
         assert torch.equal(value, before[name])
@@ -300,7 +300,9 @@ def test_a_step_without_any_label_token_is_refused(
     make_module: Callable[..., Any], batches: Batches, tmp_path: Path
 ) -> None:
     batches[0]["labels"][:] = -100
-    with pytest.raises(ValueError, match=r"None of the 1 micro-batches of optimizer step 0 has a label token"):
+    with pytest.raises(
+        ValueError, match="Optimizer step 0: expected a label token in at least one of 1 micro-batches, got none"
+    ):
         fit(make_module(), batches, tmp_path)
 
 

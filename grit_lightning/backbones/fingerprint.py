@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to this backbone and this adapter configuration, before anything is loaded from it."""
+"""Checks that a checkpoint belongs to this backbone and this adapter configuration, before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARCHITECTURE = (
 SAMPLED_WEIGHTS = 16
 VALUES_OF_EACH = 8
 BFLOAT16_STEP = 2.0**-7
-# Bookkeeping of PEFT, not settings of an adapter.
+# PEFT's bookkeeping, not settings of an adapter.
 NOT_COMPARED = frozenset(
     (
         "auto_mapping",
@@ -40,7 +40,7 @@ def backbone_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         `architecture`: settings by name; `dtype`; `weights`: by name, 8 values float32 `[8]` of each of 16 dense tensors
-        spread over the model. Packed (quantised) tensors are passed over.
+        spread over the model. Packed (quantised) tensors are skipped.
     """
     config = model.config.get_text_config()
     dense = [
@@ -64,15 +64,16 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def require_backbone(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Check that two fingerprints are of one backbone; the same one in another dtype or packing passes.
+    """Check that two fingerprints describe the same backbone; its dtype and packing may differ.
 
     Raises:
-        ValueError: If they are not; says what differs.
+        ValueError: If they do not; says what differs.
     """
     different = _differences(saved["architecture"], here["architecture"])
     if different:
         raise InvalidValueError(
-            f"The checkpoint was trained on another backbone: {different}. Set model.backbone to the one it was trained on."
+            f"Checkpoint: expected one trained on this backbone, got one trained on another backbone: {different}. Set "
+            "model.backbone to that one."
         )
     exact = saved["dtype"] == here["dtype"]
     changed = [
@@ -82,9 +83,9 @@ def require_backbone(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise InvalidValueError(
-            f"The checkpoint was trained on a backbone of this shape with other weights: {len(changed)} of "
-            f"{len(saved['weights'])} sampled tensors differ, first {changed[0]}. Set model.backbone to the one it was "
-            "trained on."
+            "Checkpoint: expected one trained on this backbone, got one trained on a backbone of this shape with other "
+            f"weights: {len(changed)} of {len(saved['weights'])} sampled tensors differ, first {changed[0]}. Set "
+            "model.backbone to that one."
         )
 
 
@@ -95,19 +96,20 @@ def _same_weights(one: Tensor, other: Tensor, exact: bool) -> bool:
 
 
 def require_adapter(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Check that two adapter configurations, as PEFT's `to_dict` in plain values, describe one adapter.
+    """Check that two adapter configurations, as PEFT's `to_dict` in plain values, describe the same adapter.
 
     Raises:
         ValueError: If they do not; names the settings that differ.
     """
     if different := _differences(saved, here):
         raise InvalidValueError(
-            f"The checkpoint has another adapter configuration: {different}. Set model.adapter as it was trained."
+            f"Checkpoint: expected the adapter configuration of this model, got another adapter configuration: {different}. "
+            "Set model.adapter to what the checkpoint was trained with."
         )
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """List settings known to both sides (releases of PEFT add some) whose values differ, as `name saved → here`."""
+    """List settings whose values differ, as `name saved → here`; only those known to both, as PEFT keeps adding some."""
     return ", ".join(
         f"{name} {saved[name]} → {here[name]}"
         for name in saved

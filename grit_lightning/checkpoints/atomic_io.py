@@ -1,4 +1,4 @@
-"""Lightning's way to checkpoint files: they are whole or not there at all, and reading one runs no code of it."""
+"""Lightning's checkpoint input and output, made safe: a file is whole or not there, and reading one runs no code in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: What Lightning has gathered.
-            path: Final name; missing folders are made.
+            path: Final name; missing folders are created.
             storage_options: Must be None, as in Lightning's own.
         """
         if storage_options is not None or "://" in str(path):
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, or no checkpoint.
+            ValueError: If it is damaged, or not a checkpoint.
         """
         if weights_only is False or "://" in str(path):
             content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
@@ -50,6 +50,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def make_atomic(trainer: Trainer) -> None:
-    """Replace Lightning's default way of writing checkpoints; one that was chosen stays."""
+    """Replace Lightning's default way of writing checkpoints; keep one that the user chose."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()

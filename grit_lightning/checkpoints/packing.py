@@ -1,4 +1,4 @@
-"""What a checkpoint of a `GritLitModule` holds beside Lightning's own, and what it refuses to load."""
+"""What a checkpoint of a `GritLitModule` holds besides Lightning's own content, and when it is refused."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 @dataclass
 class CheckpointPacker:
-    """Packs into a checkpoint what the next optimizer step depends on: geometry, random numbers, the window under way.
+    """Packs into a checkpoint what the next optimizer step depends on: geometry, random numbers, the current window.
 
-    The backbone is never part of it, and the adapter is whole on every process, so that a checkpoint is one file of one
-    form, whatever strategy and number of processes it was written under. Descriptions of backbone and adapter go along, by
-    which a checkpoint of another model is refused before anything is loaded from it.
+    The backbone is never part of it, and the adapter is whole on every process, so a checkpoint is a single file in the same
+    format, whatever strategy and number of processes wrote it. It also describes backbone and adapter, so that a checkpoint
+    of another model is refused before anything is loaded from it.
 
     Attributes:
         backbone: Fingerprint of the backbone, see `backbones.fingerprint`.
@@ -45,7 +45,7 @@ class CheckpointPacker:
         Args:
             checkpoint: What Lightning has gathered.
             trained: The trained parameters, by name.
-            device: Whose random numbers are kept, beside those of the CPU.
+            device: Device whose random numbers are kept, besides those of the CPU.
         """
         checkpoint[CHECKPOINT_KEY] = {
             "format_version": CHECKPOINT_FORMAT,
@@ -61,11 +61,11 @@ class CheckpointPacker:
         """Check that a checkpoint fits this model, and only then restore the geometry. `resume` restores the rest.
 
         Args:
-            checkpoint: The whole of it; Lightning's counts in it are changed to those of this number of processes.
+            checkpoint: The whole checkpoint; Lightning's counts in it are converted to this number of processes.
             trained: The trained parameters, by name.
 
         Raises:
-            ValueError: If the checkpoint is not one of `GritLitModule`, of another format version, backbone or adapter.
+            ValueError: If the checkpoint is not from a `GritLitModule`, or has another format version, backbone or adapter.
         """
         saved = grit_entry(checkpoint)
         require_backbone(saved["backbone"], self.backbone)
@@ -77,15 +77,15 @@ class CheckpointPacker:
         _count_batches_anew(checkpoint, len(saved["random"]), process_count())
 
     def resume(self, trained: Mapping[str, nn.Parameter], device: torch.device, rank: int) -> None:
-        """Put random numbers and an unfinished window back where the last `unpack` found them; once.
+        """Restore random numbers and an unfinished window from the last `unpack`; only once.
 
-        To be called when nothing draws a random number any more before the next batch. Where the number of processes is
-        another one, each has its own random numbers.
+        Call it when nothing will draw another random number before the next batch. If the number of processes has changed,
+        each keeps its own random numbers.
 
         Args:
             trained: The trained parameters, by name.
             device: Where the model is.
-            rank: Of this process.
+            rank: Rank of this process.
         """
         unpacked, self._unpacked = self._unpacked, None
         if unpacked is None:
@@ -96,10 +96,10 @@ class CheckpointPacker:
 
 
 def _count_batches_anew(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Turn Lightning's numbers of micro-batches a process into those of another number of processes."""
+    """Convert Lightning's counts of micro-batches per process to another number of processes."""
     loops = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = loops.get("epoch_loop.batch_progress", {})
     for counts in (progress.get("total", {}), progress.get("current", {})):
-        if counts:  # the differences between them say where in a micro-batch the run is
+        if counts:  # the differences between them say how far into a micro-batch the run is
             shift = counts["ready"] * before // now - counts["ready"]
             counts.update({name: count + shift for name, count in counts.items()})

@@ -1,4 +1,4 @@
-"""Settings as values that YAML writes and that checkpoints hold without running code when they are read."""
+"""Settings as plain values, which YAML can write and checkpoints can hold without running code when they are read."""
 
 from __future__ import annotations
 

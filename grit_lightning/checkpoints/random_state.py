@@ -13,7 +13,7 @@ import torch
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of the generators of torch, NumPy and Python, and of the GPU that `device` names.
 
-    Lists, numbers and tensors only, so that `torch.load(weights_only=True)` reads it.
+    It consists of lists, numbers and tensors only, so that `torch.load(weights_only=True)` can read it.
     """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # a tuple, by that argument
     version, words, next_gauss = random.getstate()
@@ -32,7 +32,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put all generators where `random_state` found them; a GPU's only if it was on a GPU."""
+    """Restore all generators to a state from `random_state`; a GPU's only if one was saved."""
     kind, keys, position, has_gauss, gauss = state["numpy"]
     version, words, next_gauss = state["python"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

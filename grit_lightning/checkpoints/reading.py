@@ -1,4 +1,4 @@
-"""Reading checkpoint files without running code in them, and what they say about the model that they belong to."""
+"""Reads checkpoint files without running code in them, and finds the model settings that they were written with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from grit_lightning.errors import InvalidValueError, MissingFileError
 
 CHECKPOINT_KEY = "grit"
-"""Where our entry stands in a checkpoint, beside Lightning's own."""
+"""Key of our entry in a checkpoint, next to Lightning's own."""
 CHECKPOINT_FORMAT = 4
 """Version of that entry; raised whenever an older one can no longer be read."""
 
@@ -32,20 +32,24 @@ def read_checkpoint(checkpoint: Path, *, map_location: Any = "cpu", mmap: bool =
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or no checkpoint.
+        ValueError: If it is damaged, or not a checkpoint.
     """
     if not checkpoint.is_file():
-        what = "is a folder, expected a checkpoint file" if checkpoint.is_dir() else "does not exist"
-        raise MissingFileError(f"The checkpoint {checkpoint} {what}. Set ckpt_path to a file.")
+        what = "is a folder" if checkpoint.is_dir() else "does not exist"
+        raise MissingFileError(
+            f"ckpt_path: expected a file, got {checkpoint}, which {what}. Set it to a checkpoint file."
+        )
     try:
         content = torch.load(checkpoint, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InvalidValueError(
-            f"{checkpoint} cannot be read as a checkpoint, it is damaged or cut off: {error}. Take an earlier one."
+            f"ckpt_path: expected a checkpoint that can be read, got {checkpoint}, which is damaged or cut off: {error}. "
+            "Set it to an earlier one."
         ) from error
     if not isinstance(content, dict):
         raise InvalidValueError(
-            f"{checkpoint} is no checkpoint: expected a dict in it, got a {type(content).__name__}."
+            f"ckpt_path: expected a checkpoint, which holds a dict, got {checkpoint}, which holds a {type(content).__name__}. "
+            "Set it to one that this program has written."
         )
     return content
 
@@ -54,37 +58,37 @@ def grit_entry(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return our entry of a checkpoint's content.
 
     Raises:
-        ValueError: If there is none, or it is of another format version.
+        ValueError: If there is none, or it has another format version.
     """
     entry: dict[str, Any] | None = content.get(CHECKPOINT_KEY)
     if entry is None:
         raise InvalidValueError(
-            f"Expected a checkpoint of a GritLitModule, got one without the entry {CHECKPOINT_KEY!r}. Set ckpt_path to one "
+            f"ckpt_path: expected a checkpoint of a GritLitModule, got one without the entry {CHECKPOINT_KEY!r}. Set it to one "
             "that this program has written."
         )
     require_format(entry["format_version"])
     return entry
 
 
-def require_format(version: int, name: str = "The checkpoint") -> None:
-    """Check that a checkpoint is of the format version that this release writes.
+def require_format(version: int, name: str = "Checkpoint") -> None:
+    """Check that a checkpoint has the format version that this release writes.
 
     Args:
         version: Its `format_version`.
         name: What to call it in the message.
 
     Raises:
-        ValueError: If it is of another one.
+        ValueError: If it has another one.
     """
     if version != CHECKPOINT_FORMAT:
         raise InvalidValueError(
-            f"{name} has format version {version}, expected {CHECKPOINT_FORMAT}. Resume it with the release of grit-lightning "
+            f"{name}: expected format version {CHECKPOINT_FORMAT}, got {version}. Resume it with the release of grit-lightning "
             "that wrote it, or export it there (grit export --merge) and train on with model.backbone set to the result."
         )
 
 
 def model_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as command line and YAML write them.
+    """Return the arguments of `GritLitModule` that a checkpoint was trained with, as the command line and YAML write them.
 
     Args:
         checkpoint: Path of a Lightning checkpoint.
@@ -96,8 +100,8 @@ def model_settings(checkpoint: Path) -> dict[str, Any]:
     saved = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     if "adapter" not in saved or "backbone" not in saved:
         raise InvalidValueError(
-            f"{checkpoint} is no checkpoint of GritLitModule: expected the hyperparameters adapter and backbone among others, "
-            f"got {sorted(saved)}."
+            f"ckpt_path: expected a checkpoint of a GritLitModule, with the hyperparameters adapter and backbone, got "
+            f"{checkpoint} with {sorted(saved)}. Set it to one that this program has written."
         )
     adapter = dict(saved.pop("adapter"))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[adapter["peft_type"]]

@@ -16,12 +16,12 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters of a module, by the names that they have on a single process."""
+    """Return the trained parameters of a module, by their names on a single process."""
     return {_plain_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def trained_state(module: nn.Module, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
-    """Return what a module's `state_dict` is to hold: the trained parameters and nothing of the frozen backbone.
+    """Return what a module's `state_dict` should hold: the trained parameters and nothing of the frozen backbone.
 
     Args:
         module: The module.
@@ -29,16 +29,15 @@ def trained_state(module: nn.Module, prefix: str = "", keep_vars: bool = False) 
         keep_vars: Leave the values attached to the graph, as in torch.
 
     Raises:
-        ValueError: If a parameter is a shard, which would pass for all of it.
+        ValueError: If a parameter is only a shard, which would be mistaken for the whole.
     """
     trained = trained_parameters(module)
     for name, parameter in trained.items():
         factor = ".lora_A." in name or ".lora_B." in name
         if isinstance(parameter, DTensor) or parameter.numel() == 0 or (factor and parameter.ndim < 2):
             raise InvalidValueError(
-                f"The adapter's {name} is a {type(parameter).__name__} of shape {tuple(parameter.shape)} on this process, "
-                "a shard and not the whole. Set trainer.strategy to one that keeps the adapter whole: "
-                f"{', '.join(SUPPORTED)}."
+                f"trainer.strategy: expected one that keeps the adapter whole, got a shard of {name} on this process, a "
+                f"{type(parameter).__name__} of shape {tuple(parameter.shape)}. Set it to one of {', '.join(SUPPORTED)}."
             )
     return {prefix + name: parameter if keep_vars else parameter.detach() for name, parameter in trained.items()}
 
@@ -64,14 +63,14 @@ def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, 
     """Check that a checkpoint has exactly the parameters of this adapter, by name and shape.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it does not.
     """
     here, there = ({(name, tuple(value.shape)) for name, value in side.items()} for side in (expected, found))
     if here != there:
         different = sorted(here ^ there)
         raise InvalidValueError(
-            f"The checkpoint's adapter does not fit this model: {len(different)} parameters differ, first {different[:2]}. "
-            "Use the backbone and adapter configuration that the checkpoint was trained with."
+            f"Checkpoint: expected the adapter parameters of this model, got others: {len(different)} differ, first "
+            f"{different[:2]}. Set model.backbone and model.adapter to what the checkpoint was trained with."
         )
 
 

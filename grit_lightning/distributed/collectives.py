@@ -1,4 +1,4 @@
-"""What processes exchange besides what the strategy does: sums, averages, copies and small objects.
+"""What processes exchange in addition to what the strategy does: sums, averages, copies and small objects.
 
 Without a process group, or alone in one, every function leaves its arguments as they are and communicates nothing.
 """
@@ -45,8 +45,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace gradients by their means over all processes, in one all-reduce for each dtype and device; a collective.
 
-    A process on which a parameter has no gradient counts as zero, as under DDP. A parameter that has a gradient on no process
-    keeps none.
+    A missing gradient counts as zero, as under DDP, unless it is missing on every process: then it stays missing.
 
     Args:
         parameters: The same parameters in the same order on every process.
@@ -87,7 +86,7 @@ def copy_from_first_process(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return what every process has passed, by rank, on every process; a collective.
+    """Return the values that all processes pass, ordered by rank; a collective.
 
     Args:
         value: Any object that can be pickled; keep it small.

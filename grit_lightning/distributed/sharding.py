@@ -1,6 +1,6 @@
 """Shards the frozen backbone unit by unit, so that only the process that reads it ever holds all of it.
 
-A unit is one block of the network (a decoder layer), or everything outside of the blocks. The adapter is not sharded.
+A unit is one block of the network (a decoder layer), or everything outside the blocks. The adapter is not sharded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     """Return the lists of repeated blocks of a network, whatever their class: every `ModuleList` that is not inside another.
 
-    Lists inside a block (experts, for example) belong to the block. A vision tower or an encoder has its own list.
+    Lists inside a block (of experts, for example) belong to the block. A vision tower or an encoder has its own list.
 
     Raises:
         ValueError: If there is none.
@@ -36,8 +36,8 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     found = [blocks for blocks in outermost(model) if len(blocks) > 0]
     if not found:
         raise InvalidValueError(
-            f"Expected a model with a ModuleList of repeated blocks, but {type(model).__name__} has no list of repeated blocks "
-            "to shard. Set trainer.strategy to ddp."
+            "trainer.strategy: expected a model with a list of repeated blocks (a ModuleList) to shard, got a "
+            f"{type(model).__name__}, which has none. Set trainer.strategy to ddp."
         )
     return found
 

@@ -1,7 +1,7 @@
 """Training on several processes with a sharded backbone: `--trainer.strategy grit_fsdp` and `grit_fsdp2`.
 
 The frozen backbone takes most of the memory, so the backbone is sharded. The adapter is small, and its geometry needs whole
-factors: it stays whole on every process, and its gradients are averaged in one all-reduce a step. Statistics, decisions,
+factors: it stays whole on every process, and its gradients are averaged in one all-reduce per step. Statistics, decisions,
 optimizer and checkpoints are then the same as on a single process, and a run can be resumed from its one checkpoint file
 on any number of processes and under any strategy.
 """
@@ -65,17 +65,16 @@ def require_supported(strategy: Strategy) -> None:
     splits = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
     if splits or not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise MisconfigurationException(
-            "Expected a strategy that keeps the adapter whole, as the geometry, checkpoints and export need it, got one that "
-            f"may split it: {type(strategy).__name__} is not supported. Set trainer.strategy to one of "
-            f"{', '.join(SUPPORTED)}, or train on one device."
+            "trainer.strategy: expected one that keeps the adapter whole, as the geometry, checkpoints and export need it, got "
+            f"{type(strategy).__name__}, which may split it. Set it to one of {', '.join(SUPPORTED)}, or train on one device."
         )
 
 
 class WholeAdapterStrategy(ParallelStrategy):
     """Base of both sharding strategies: only the backbone is sharded, the adapter is whole and equal on every process.
 
-    Checkpoints are Lightning's ordinary ones, written by rank zero. Norm clipping and AMP work as on a single process,
-    since averaged gradients are equal everywhere.
+    Checkpoints are ordinary Lightning checkpoints, written by rank zero. Norm clipping and AMP work as on a single process,
+    since the averaged gradients are the same everywhere.
     """
 
     load_on_rank_zero = True
@@ -87,7 +86,7 @@ class WholeAdapterStrategy(ParallelStrategy):
     def load_backbone(self, **options: Any) -> PreTrainedModel:
         """Load the backbone on rank zero, and only its shape on every other process; a collective.
 
-        A model that is already in memory, or that is quantised while it is read, is loaded by every process itself.
+        A model that is already in memory, or that is quantised as it is read, is loaded by every process itself.
 
         Args:
             **options: Arguments of `backbones.load_backbone`.
@@ -122,10 +121,9 @@ class WholeAdapterStrategy(ParallelStrategy):
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
 
     def _place_module(self) -> None:
-        """Move the metrics to this process's device and record it as the module's, as `LightningModule.to()` would have done.
+        """Set the device of metrics and module, and have every forward pass check that the embedding is gathered.
 
-        Sharding puts the parameters in place by itself, so `to()` is never called. From now on a forward pass also checks
-        that the embedding is gathered.
+        `LightningModule.to()` would set the device, but it is never called: sharding puts the parameters in place by itself.
         """
         module: Any = self.lightning_module
         module._device = self.root_device
@@ -138,7 +136,7 @@ class WholeAdapterStrategy(ParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Do not average the gradients yet: inside an accumulation window they are averaged after its last micro-batch."""
+        """Put off averaging the gradients: within an accumulation window they are averaged once, after its last micro-batch."""
         self._blocks_sync = True
         try:
             yield
@@ -146,7 +144,7 @@ class WholeAdapterStrategy(ParallelStrategy):
             self._blocks_sync = False
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the adapter's gradients over all processes, once an accumulation window."""
+        """Average the adapter's gradients over all processes, once per accumulation window."""
         super().post_backward(closure_loss)
         if not self._blocks_sync:
             average_gradients(self._adapter())
@@ -248,8 +246,7 @@ class GritFSDPStrategy(WholeAdapterStrategy, FSDPStrategy):  # type: ignore[misc
         """Wrap the blocks, then the rest; only once, even when a fit and a validation follow each other."""
         if self._root is not None and self._root.module is model:
             return self._root
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise _already_sharded()
+        _require_unsharded(model, FullyShardedDataParallel)
         adapter = self._adapter()
         offload = self.cpu_offload.offload_params and self.root_device.type != "cpu"  # a CPU keeps them there anyway
 
@@ -274,13 +271,13 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
 
     Args:
         cpu_offload: Keep the shards in CPU memory, and copy a unit to the device only while it computes.
-        tensor_parallel_size: 1; there is no tensor parallelism.
+        tensor_parallel_size: Must be 1; tensor parallelism is not supported.
         load_on_rank_zero: As in `GritFSDPStrategy`.
         process_group_backend: nccl, gloo …; None chooses by device.
         timeout: How long a process waits for the others.
 
     Raises:
-        ValueError: If tensor parallelism is asked for.
+        ValueError: If tensor parallelism is requested.
     """
 
     strategy_name = "grit_fsdp2"
@@ -296,8 +293,8 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
         """Store the settings."""
         if tensor_parallel_size != 1:
             raise InvalidValueError(
-                f"GritFSDP2Strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: tensor parallelism would split "
-                "the factors and activations of the adapter, which the geometry needs whole. Use more processes instead."
+                "GritFSDP2Strategy.tensor_parallel_size: expected 1, as the geometry needs the factors and activations of the "
+                f"adapter whole, got {tensor_parallel_size}. Use more processes instead."
             )
         super().__init__(
             tensor_parallel_size=1,
@@ -318,8 +315,7 @@ class GritFSDP2Strategy(WholeAdapterStrategy, ModelParallelStrategy):
         """Shard the blocks, then the rest; only once, even when a fit and a validation follow each other."""
         model: nn.Module = self.lightning_module.peft_model  # type: ignore[union-attr,assignment]
         if self._sharded is not model:
-            if any(isinstance(module, FSDPModule) for module in model.modules()):
-                raise _already_sharded()
+            _require_unsharded(model, FSDPModule)
             self._shard(model)
         super().setup(trainer)
 
@@ -344,17 +340,18 @@ def _require_gathered(embedding: nn.Module, args: Any) -> None:
     weight = embedding.weight
     if isinstance(weight, DTensor) or weight.ndim != 2:
         raise RuntimeError(
-            "Expected a call inside a training or evaluation step, where the model's embedding and head are gathered, but it "
-            "was called outside of a training or evaluation step. Call the LightningModule's steps instead, or set "
-            "trainer.strategy to ddp."
+            "Forward pass: expected a call inside a training or evaluation step, where embedding and head are gathered, got "
+            "one outside of it. Call the LightningModule's steps instead, or set trainer.strategy to ddp."
         )
 
 
-def _already_sharded() -> MisconfigurationException:
-    return MisconfigurationException(
-        "Expected a module that is not sharded yet, got one that another Trainer has sharded. Use the same Trainer for the "
-        "whole run, or make a new GritLitModule."
-    )
+def _require_unsharded(model: nn.Module, kind: type) -> None:
+    """Refuse a model that another Trainer has sharded."""
+    if any(isinstance(module, kind) for module in model.modules()):
+        raise MisconfigurationException(
+            "GritLitModule: expected one that is not sharded yet, got one that another Trainer has sharded. Use the same "
+            "Trainer for the whole run, or make a new GritLitModule."
+        )
 
 
 for _name, _strategy in (("grit_fsdp", GritFSDPStrategy), ("grit_fsdp2", GritFSDP2Strategy)):

@@ -1,4 +1,4 @@
-"""The encoder of BERTScore, and torchmetrics' scores with it, row by row."""
+"""BERTScore row by row: its encoder, and torchmetrics' scores with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from grit_lightning.errors import FileAccessError, InvalidValueError
 
 MAX_LENGTH = 512
-"""Tokens of a text that are looked at, as in bert-score; less where the encoder takes less."""
+"""Tokens of a text that are compared, as in bert-score; fewer if the encoder takes fewer."""
 
 
 class BertScorer:
@@ -23,7 +23,7 @@ class BertScorer:
     Args:
         encoder: Hub id, or a folder with config.json, *.safetensors and tokenizer files.
         layer: Hidden layer to compare, from 1.
-        device: Where it runs.
+        device: Where the encoder runs.
 
     Raises:
         OSError: If the encoder cannot be read.
@@ -31,24 +31,23 @@ class BertScorer:
     """
 
     def __init__(self, encoder: str, layer: int, device: torch.device) -> None:
-        """Load the encoder: now, and not after hours of generating."""
+        """Load the encoder now, not after hours of generating."""
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
             self._model = AutoModel.from_pretrained(encoder, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             folder = os.path.basename(encoder.rstrip("/"))
             raise FileAccessError(
-                f"BERTScore's encoder {encoder!r} is no folder here, and the hub did not give it: "
+                f"model.generation.bertscore_encoder: expected a folder, or a hub id that can be fetched, got {encoder!r}: "
                 f"{str(error).strip().splitlines()[0]} Where there is a network, run\n"
                 f"    hf download {encoder} --local-dir {folder}\n"
-                "copy the folder here and set model.generation.bertscore_encoder to it, or set it to null to leave "
+                "then copy the folder here and set model.generation.bertscore_encoder to it, or set it to null to leave "
                 "BERTScore out."
             ) from error
         layers = self._model.config.num_hidden_layers
         if layer > layers:
             raise InvalidValueError(
-                f"Expected model.generation.bertscore_layer of at most {layers}, the number of layers of BERTScore's encoder "
-                f"{encoder!r}, got {layer}."
+                f"model.generation.bertscore_layer: expected at most {layers}, the layers of {encoder!r}, got {layer}."
             )
         self._model.requires_grad_(False).eval()
         self._layer = layer
@@ -63,7 +62,7 @@ class BertScorer:
             references: Their references.
 
         Returns:
-            precision, recall and f1 of every row; 0 for an empty text.
+            Each row's precision, recall and f1; 0 for an empty text.
         """
         return [self._pair(output, reference) for output, reference in zip(outputs, references, strict=True)]
 

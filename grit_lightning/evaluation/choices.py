@@ -23,7 +23,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
     """Score every answer choice of every row.
 
     Choices of one token are read off the logits that the loss was computed from, at the position before the first
-    label. Longer ones each take a forward pass over prompt and choice, and their log-likelihood is divided by their
+    label. Longer ones take a forward pass each, over prompt and choice, and their log-likelihood is divided by their
     number of tokens, as in lm-evaluation-harness's length-normalised accuracy (but by tokens, not by bytes).
 
     Args:
@@ -35,7 +35,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
         float32 `[B, C]`: log-likelihood per token; −∞ for a choice without tokens. The prediction is the argmax.
 
     Raises:
-        ValueError: If a row has no label, or its first token is one, so that there is no prompt to answer.
+        ValueError: If a row has no label, or starts with one, so that there is no prompt to answer.
     """
     choice_ids = batch["choice_ids"]
     start = answer_start(batch["labels"])
@@ -43,7 +43,7 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
     answerable = (batch["labels"] != IGNORED).any(-1) & (start > 0) & (batch["attention_mask"][rows, start - 1] > 0)
     if not answerable.all():
         raise InvalidValueError(
-            "Expected a prompt and labels behind it in every row, to score closed answers after the prompt, got "
+            "Closed answers: expected a prompt followed by labels in every row, got "
             f"{int((~answerable).sum())} of {len(rows)} rows without. Look at the data, or raise data.max_length."
         )
     if choice_ids.shape[-1] == 1:
@@ -77,7 +77,7 @@ def classification_metrics(classes: int) -> MetricCollection:
 
 
 def _per_token(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
-    """Average the log-probability `[...]` of tokens `[..., K]` under `[..., K, V]`; ids of −100 do not count."""
+    """Return the mean log-probability `[...]` of tokens `[..., K]` under `[..., K, V]`; ids of −100 do not count."""
     real = token_ids != IGNORED
     picked = log_probabilities.gather(-1, token_ids.clamp(min=0)[..., None]).squeeze(-1)
     mean = picked.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Evaluation by closed answers: which choice the model finds likeliest, and the task's metrics of that."""
+"""Evaluation by closed answers: which choice the model finds most likely, and the task's metrics of those choices."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grit_lightning.evaluation.datamodule_protocols import HasMetrics, evaluatio
 class ClosedAnswerMetrics(nn.ModuleDict):
     """The classification metrics of a module: by stage, and in a mixture by stage and task (`val/boolq`).
 
-    A `ModuleDict`, since Lightning finds the metrics that it logs among the parts of its module.
+    It is a `ModuleDict` because Lightning looks for the metrics that it logs among the submodules of its module.
     """
 
     def set_up(self, datamodule: object) -> None:
-        """Copy the metrics of a data module for validation and test, where it has some.
+        """Copy a data module's metrics, if it has any, for validation and test.
 
         Args:
-            datamodule: Any; see `HasMetrics`.
+            datamodule: Any object; see `HasMetrics`.
         """
         if not isinstance(datamodule, HasMetrics):
             return
@@ -42,7 +42,7 @@ class ClosedAnswerMetrics(nn.ModuleDict):
         logits: Tensor,
         log_dict: Callable[..., None],
     ) -> None:
-        """Update and log the metrics under a key with the choices that a model prefers; nothing if there are none.
+        """Update and log the metrics under a key with the choices that a model prefers; do nothing if there are none.
 
         Args:
             key: `val` or `test`, in a mixture with `/<task>`.

@@ -1,6 +1,6 @@
-"""What `GritLitModule` asks of a data module; `TaskDataModule` and `MixtureDataModule` have it.
+"""What `GritLitModule` uses of a data module; `TaskDataModule` and `MixtureDataModule` provide all of it.
 
-None of it has to be there: any `LightningDataModule` trains, and is evaluated by its loss.
+Everything is optional: any `LightningDataModule` can be trained on, and is evaluated by its loss.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 @runtime_checkable
 class HasMaxLength(Protocol):
-    """A bound on what is trained on, which is compared with the model's context before the first step.
+    """A bound on the length of rows, which is compared with the model's context before the first step.
 
     Attributes:
         max_length: Tokens of the longest row; None for no bound.
@@ -29,7 +29,7 @@ class HasMetrics(Protocol):
     """Metrics of closed answers, updated with predicted classes and targets, int64 `[B]`."""
 
     def metrics(self) -> MetricCollection | Mapping[str, MetricCollection | None] | None:
-        """Return the task's metrics; of a mixture those of each task, by its name; None without closed answers."""
+        """Return the task's metrics, for a mixture those of each task by name; None without closed answers."""
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class GenerativeTask(Protocol):
     Attributes:
         tokenizer: Turns tokens into texts.
         choices: Closed answers in class order; empty for free answers.
-        text_metrics: What answers are scored by, see `text_metrics.text_metrics`.
+        text_metrics: Names of the metrics that score answers, see `text_metrics.text_metrics`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,16 +58,16 @@ class GenerativeTask(Protocol):
     text_metrics: Sequence[str]
 
     def examples(self, split: Literal["train", "validation", "test"]) -> datasets.Dataset:
-        """Return the columns `reference`, `target` and `prompt_length` of a split, in the rows that a batch's `row` counts."""
+        """Return the columns `reference`, `target` and `prompt_length` of a split; a batch's `row` indexes its rows."""
 
 
 def tasks_of(datamodule: object) -> Mapping[str, object]:
-    """Return the tasks of a mixture by name; of anything else itself, under an empty name."""
+    """Return the tasks of a mixture by name; for anything else, the object itself under an empty name."""
     return datamodule.tasks if isinstance(datamodule, HasTasks) else {"": datamodule}
 
 
 def evaluation_key(stage: str, task: str) -> str:
-    """Return what results are logged under: the stage, and in a mixture the task's name behind it.
+    """Return the key that results are logged under: the stage, followed in a mixture by the task's name.
 
     Example:
         >>> evaluation_key("val", ""), evaluation_key("val", "boolq")

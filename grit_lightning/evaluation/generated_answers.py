@@ -22,13 +22,13 @@ from grit_lightning.evaluation.generation import (
 from grit_lightning.evaluation.text_metrics import Score, TextMetric, text_metrics
 
 AnsweredRow = dict[str, Score]
-"""One row: its number `row`, `prompt`, `output`, `reference`, `finished` (0 or 1: cut off), and its scores."""
+"""One row: its number `row`, `prompt`, `output`, `reference`, `finished` (0 if it was cut off, else 1), and its scores."""
 
 
 class AnswerEvaluations(nn.ModuleDict):
     """The evaluations by generated answers of a module: by stage, and in a mixture by stage and task (`test/boolq`).
 
-    A `ModuleDict`, since Lightning finds the metrics that it logs among the parts of its module.
+    It is a `ModuleDict` because Lightning looks for the metrics that it logs among the submodules of its module.
 
     Args:
         settings: How answers are generated, and at which stages; None generates none.
@@ -67,11 +67,11 @@ class AnswerEvaluations(nn.ModuleDict):
             model: As for `AnswerEvaluation`, as are the other arguments.
             batch: `input_ids`, `attention_mask`, `labels` int64 `[B, T]` and `row` int64 `[B]`.
             first: Whether this is the first batch of the split.
-            rank: This process.
+            rank: Rank of this process.
             ranks: Number of processes.
 
         Returns:
-            The rows that count, in a mixture each with its `task`; none if nothing is to be generated under this key.
+            The rows that count, in a mixture each with its `task`; empty if nothing should be generated under this key.
         """
         if key not in self:
             return []
@@ -80,13 +80,13 @@ class AnswerEvaluations(nn.ModuleDict):
         return [{"task": task, **row} if task else row for row in rows]
 
     def log_scores(self, key: str, log: Callable[..., None], attribute: str) -> None:
-        """Log the scores of the answers under a key so far, but for those of a prediction.
+        """Log the scores so far of the answers under a key, except for predictions.
 
         Args:
             key: As for `answer`.
             log: The module's `log`.
             attribute: Name under which the module holds this object. Lightning would find the metrics by itself, but not
-                again after an evaluation that has failed.
+                again after a failed evaluation.
         """
         if key not in self or key.partition("/")[0] == "predict":
             return
@@ -104,7 +104,7 @@ class AnswerEvaluation(nn.Module):
     Args:
         settings: How answers are generated, and for how many rows.
         task: The data module.
-        stage: `val` takes the validation split, `test` and `predict` the test split.
+        stage: `val` uses the validation split, `test` and `predict` the test split.
         device: Where the encoder of BERTScore runs.
 
     Raises:
@@ -118,9 +118,9 @@ class AnswerEvaluation(nn.Module):
         super().__init__()
         if not isinstance(task, GenerativeTask):
             raise MisconfigurationException(
-                "Generated answers are scored by what the data module knows of them: expected one with tokenizer, choices, "
-                f"text_metrics and examples(split), as TaskDataModule has them, got {type(task).__name__}. Use such a data "
-                "module, or set model.generation to null."
+                "model.generation: expected a data module with tokenizer, choices, text_metrics and examples(split), like "
+                f"TaskDataModule, to score generated answers, got {type(task).__name__}. Use such a data module, or set "
+                "model.generation to null."
             )
         self.settings = settings
         self.tokenizer = task.tokenizer
@@ -131,16 +131,16 @@ class AnswerEvaluation(nn.Module):
     def forward(
         self, model: PeftModel, batch: Mapping[str, Tensor], first: bool, rank: int, ranks: int
     ) -> list[AnsweredRow]:
-        """Generate answers, score them, and count the scores in.
+        """Generate answers, score them, and add the scores to the metrics.
 
-        Every process generates for as many rows as the others, since sharded weights are gathered on all processes at once;
-        rows that only fill up a batch are then forgotten.
+        Every process generates for the same number of rows, since sharded weights are gathered on all processes at once;
+        rows that only fill up a batch are dropped afterwards.
 
         Args:
             model: The model.
             batch: `input_ids`, `attention_mask`, `labels` int64 `[B, T]` and `row` int64 `[B]`.
             first: Whether this is the first batch of the split.
-            rank: This process.
+            rank: Rank of this process.
             ranks: Number of processes.
 
         Returns:
@@ -164,7 +164,7 @@ class AnswerEvaluation(nn.Module):
         return self._scored(kept, rows[counted].tolist())
 
     def named_metrics(self) -> Iterator[tuple[str, Metric]]:
-        """Yield the metrics by their paths below this module; a path ends in the name to log under."""
+        """Yield the metrics with their paths below this module; a path ends in the name to log under."""
         for path, module in self.named_modules():
             if isinstance(module, Metric):
                 yield path, module

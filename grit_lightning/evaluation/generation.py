@@ -29,14 +29,14 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: Tokens after which an answer is cut off.
-        do_sample: Draw tokens at random; False always takes the likeliest (greedy).
+        do_sample: Draw tokens at random; False always takes the most likely one (greedy).
         temperature: Divides the logits before a draw.
-        top_p: A draw takes only the likeliest tokens that have this probability together.
-        stop_strings: Texts that end an answer, and are cut off from it; the end-of-sequence tokens always do.
+        top_p: A draw considers only the most likely tokens that together have this probability.
+        stop_strings: Texts that end an answer and are cut off from it; end-of-sequence tokens always end one.
         batch_size: Rows that are generated together; None for all of an evaluation batch.
         max_rows: Generate for the first rows of a split only; None for all. Losses and closed answers are not limited.
-        stages: When: in validation (`val`), `test`, `predict`.
-        seed: Determines sampled answers, together with the rows that are generated together.
+        stages: When to generate: `val`, `test`, `predict`.
+        seed: Seed of sampled answers, which also depend on the rows that are generated together.
         bertscore_encoder: Hub id or folder of the encoder of BERTScore, where a task is scored by it; None leaves
             BERTScore out.
         bertscore_layer: Hidden layer of that encoder; 17 is bert-score's own choice for its default, roberta-large.
@@ -77,8 +77,8 @@ class Answer(NamedTuple):
     """What a model said.
 
     Attributes:
-        text: Without special tokens, surrounding white space, and the stop string.
-        finished: Whether the answer came to an end by itself, and was not cut off at `max_new_tokens`.
+        text: The answer without special tokens, surrounding white space, and the stop string.
+        finished: Whether the answer ended by itself and was not cut off at `max_new_tokens`.
     """
 
     text: str
@@ -94,7 +94,7 @@ def generate_answers(
     settings: GenerationSettings,
     seed: int | None = None,
 ) -> list[Answer]:
-    """Continue prompts. Training mode, caches and random numbers are afterwards as they were.
+    """Continue prompts, leaving training mode, caches and random numbers as they were.
 
     Args:
         model: Causal language model.
@@ -102,7 +102,7 @@ def generate_answers(
         prompts: int64 `[B, P]`, padded on the left with any token.
         mask: `[B, P]`, 1 for real tokens.
         settings: How answers are generated.
-        seed: Of the draws, instead of `settings.seed`.
+        seed: Seed of the draws, instead of `settings.seed`.
 
     Returns:
         B answers.
@@ -114,8 +114,8 @@ def generate_answers(
     require_room_for_answers(model, int(mask.sum(-1).max()), settings.max_new_tokens)
     if not bool(mask.any(-1).all()):
         raise InvalidValueError(
-            "Expected at least one token in every prompt, got a prompt without any: the template (data.template) or the row's "
-            "columns are empty."
+            "Prompts: expected at least one token in each, got a prompt without any. Check the template (data.template) and "
+            "the columns of the row."
         )
     ends = _end_ids(model, tokenizer)
     config = _decoding(settings, ends, tokenizer.pad_token_id)
@@ -150,7 +150,7 @@ def require_room_for_answers(model: PeftModel | PreTrainedModel, prompt_length: 
 
 
 def _decoding(settings: GenerationSettings, ends: list[int], pad: int | None) -> GenerationConfig:
-    """Return settings for transformers, also those that it would otherwise take from the model's own files."""
+    """Return settings for transformers, including those that it would otherwise take from the model's own files."""
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.do_sample else {}
     return GenerationConfig(
         **{"temperature": 1.0, "top_p": 1.0, **sampling},
@@ -175,8 +175,8 @@ def _end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerB
     ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
     if not ends:
         raise InvalidValueError(
-            f"Expected a tokenizer with an eos_token, without which no answer would ever end, got {tokenizer.name_or_path!r}. "
-            "Set its eos_token, or set data.tokenizer to one that has it."
+            "data.tokenizer: expected one with an eos_token, without which no answer would ever end, got "
+            f"{tokenizer.name_or_path!r} without. Set its eos_token, or set data.tokenizer to one that has it."
         )
     return ends
 

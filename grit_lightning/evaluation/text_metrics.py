@@ -1,7 +1,7 @@
-"""Scores of generated texts: a value a row, and its mean over the rows of all processes.
+"""Scores of generated texts: a value for each row, and its mean over the rows of all processes.
 
-Every metric takes the same three things: outputs and references, B texts each, and targets, the B class indices of tasks with
-closed answers (−1 for the others). What is not a mean over rows (BLEU, precision, recall, F1) keeps counts.
+Every metric takes the same three arguments: outputs and references, B texts each, and targets, the B class indices of tasks
+with closed answers (−1 for the others). Metrics that are not a mean over rows (BLEU, precision, recall, F1) keep counts.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class TextMetric(nn.Module, ABC):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """Score rows and count them in. Called for no rows at all too, since all processes must update equally often.
+        """Score rows and add them to the metrics; also called without rows, since all processes must update equally often.
 
         Returns:
-            A dict of scores a row.
+            A dict of scores for each row.
         """
 
     def _count(self, name: str, *values: Any) -> None:
-        """Update a metric, on its device."""
+        """Update a metric on its device."""
         metric = self.metrics[name]
         assert isinstance(metric, Metric)
         metric.update(*(value.to(metric.device) if isinstance(value, Tensor) else value for value in values))
@@ -129,10 +129,10 @@ class BertScore(TextMetric):
 
 
 class FinalNumber(TextMetric):
-    """GSM8K's exact match of the final number.
+    """Exact match of the final number, as for GSM8K.
 
-    `exact_match` is the official one: the text behind '#### ', commas removed, is the same. `exact_match_flexible` is beyond
-    the paper, for models that do not write '####': the last number of the output is equal to the reference's.
+    `exact_match` is the official one: the text after '#### ', without commas, is the same. `exact_match_flexible` is beyond
+    the paper, for models that do not write '####': the last number of the output equals the reference's.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class FinalNumber(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """Score as in `TextMetric`; also `final_answer`, what was taken from the output, None for nothing.
+        """Score as in `TextMetric`; also returns `final_answer`, what was found in the output, or None.
 
         Raises:
             ValueError: If a reference has no final answer.
@@ -152,8 +152,8 @@ class FinalNumber(TextMetric):
             expected, found, last = final_answer(reference), final_answer(output), last_number(output)
             if expected is None:
                 raise InvalidValueError(
-                    f"Expected a reference that ends in '#### <number>', got {reference[-60:]!r}. Correct the data, "
-                    "or take exact_match out of the data module's text_metrics."
+                    f"Reference: expected one that ends in '#### <number>', got {reference[-60:]!r}. Correct the data, or take "
+                    "exact_match out of the data module's text_metrics."
                 )
             exact, flexible = found == expected, last is not None and last == last_number(reference)
             rows.append({"exact_match": int(exact), "exact_match_flexible": int(flexible), "final_answer": found})
@@ -164,7 +164,7 @@ class FinalNumber(TextMetric):
 class AnswerWord(TextMetric):
     """Classification by the answer word in the generated text.
 
-    An output that names no class is wrong, and of no class: it lowers accuracy and recall, and no class's precision. Of two
+    An output that names no class is wrong: it lowers accuracy and recall, but no class's precision. Of two
     classes, class 1 is the positive one; with more, precision, recall and F1 are macro averages.
 
     Args:
@@ -187,12 +187,12 @@ class AnswerWord(TextMetric):
     def score(
         self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
     ) -> list[dict[str, Score]]:
-        """Score as in `TextMetric`; keys `answer`, the choice that was named or None, and `correct`, 0 or 1."""
+        """Score as in `TextMetric`; keys `answer`, the choice that was named, or None, and `correct`, 0 or 1."""
         found = [answer_class(output, self.choices) for output in outputs]
         predicted, target = torch.tensor(found, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
         self._count("unmapped", (predicted < 0).float())
         self._count("generated_accuracy", (predicted == target).float())
-        if found:  # these do not take nothing
+        if found:  # these refuse an empty update
             for name in ("generated_precision", "generated_recall", "generated_f1"):
                 self._count(name, self._columns(predicted), self._columns(target))
         return [
@@ -214,7 +214,7 @@ def text_metrics(
     Args:
         names: Any of rouge, bleu, bertscore, exact_match, classification.
         choices: The closed answers in class order, for classification.
-        settings: Which encoder BERTScore takes.
+        settings: Says which encoder BERTScore uses.
         device: Where that encoder runs.
 
     Raises:
@@ -229,13 +229,13 @@ def text_metrics(
         "classification": lambda: AnswerWord(choices),
     }
     if unknown := [name for name in names if name not in makers]:
-        raise InvalidValueError(f"Expected text_metrics of the data module among {', '.join(makers)}, got {unknown}.")
+        raise InvalidValueError(f"The data module's text_metrics: expected any of {', '.join(makers)}, got {unknown}.")
     wanted = [name for name in names if name != "bertscore" or settings.bertscore_encoder is not None]
     return {name: makers[name]() for name in wanted}
 
 
 def final_answer(text: str) -> str | None:
-    """Find the final answer of a GSM8K solution, as openai/grade-school-math takes it: behind '#### ', without commas.
+    """Find the final answer of a GSM8K solution, as openai/grade-school-math does: after '#### ', without commas.
 
     Example:
         >>> final_answer("She pays 2 * 600 = 1200 dollars. #### 1,200")
@@ -246,7 +246,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Find the last number of a text, dollar signs and thousands separators removed; beyond the paper.
+    """Find the last number of a text, without dollar signs and thousands separators; beyond the paper.
 
     Example:
         >>> last_number("So that is $1,200.50 in 3-4 weeks, or -7."), last_number("nothing")
@@ -257,7 +257,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def answer_class(text: str, choices: Sequence[str]) -> int:
-    """Find the class whose answer comes first among the words of a text, in any case; −1 if there is none.
+    """Find the class whose answer comes first among the words of a text, ignoring case; −1 if there is none.
 
     Where two answers begin at the same word, the longer one counts ("not entailed", "not").
 

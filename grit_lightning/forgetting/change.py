@@ -1,4 +1,4 @@
-"""From two measurements of the same units to the change between them, with an interval."""
+"""The change between two measurements of the same units, with an interval."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def mean_change(
     """Return the change of a weighted mean, with a percentile bootstrap interval over units.
 
     The two measurements are paired: a resample draws units, each with its values before and after, so that what makes one
-    unit harder than another cancels. The interval says how far the change depends on which units were drawn. It knows
-    nothing of other seeds of the training.
+    unit harder than another cancels. The interval says how much the change depends on which units were drawn, not on the seed
+    of the training.
 
     Args:
         before: Values `[N]`.
@@ -48,8 +48,8 @@ def mean_change(
         n_resamples=RESAMPLES,
         batch=1000,
         confidence_level=confidence,
-        method="percentile",  # holds for any values; BCa has no answer where all units changed alike
-        rng=np.random.default_rng(SEED),  # of its own: the training's random numbers stay where they are
+        method="percentile",  # works for any values; BCa fails where all units changed alike
+        rng=np.random.default_rng(SEED),  # its own, so that the training's random numbers stay as they are
     ).confidence_interval
     return change, (float(interval.low), float(interval.high))
 

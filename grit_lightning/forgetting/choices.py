@@ -1,8 +1,8 @@
 """Rows of ARC, HellaSwag and WinoGrande as multiple-choice questions, written as lm-evaluation-harness 0.4 writes them.
 
-A question is a list of (context, continuation) pairs, one an option; the model answers with the option whose continuation
-it finds likeliest. WinoGrande is evaluated partially: the options go into the context, and the text behind them, which
-is the same for all, is the continuation.
+A question is a list of (context, continuation) pairs, one per option; the model answers with the option whose continuation
+it finds most likely. WinoGrande uses partial evaluation: the options go into the context, and the text after them, which is
+the same for all, is the continuation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Question(NamedTuple):
     """One multiple-choice question.
 
     Attributes:
-        pairs: (context, continuation) of each option; continuations open with their space.
-        lengths: Characters of each option, what `acc_norm` divides log-likelihoods by.
+        pairs: (context, continuation) of each option; a continuation starts with a space.
+        lengths: Number of characters of each option, by which `acc_norm` divides log-likelihoods.
         answer: Index of the right option.
     """
 
@@ -39,7 +39,7 @@ class ChoiceSchema:
     """How a benchmark's rows become questions.
 
     Attributes:
-        read: Row → question; raises ValueError for a row that has none.
+        read: Row → question; raises ValueError for a row without a usable one.
         columns: Alternative sets of columns that `read` understands, the hub's first.
         hub_id: Table on the hub.
         hub_config: Its configuration.
@@ -59,11 +59,11 @@ def arc_question(row: Row) -> Question:
     r"""Read a question of ARC: a science question with three to five options, labelled A to E or 1 to 5.
 
     Args:
-        row: `question`, `answerKey`, and `choices` (with `text` and `label`, as on the hub) or one column an option,
+        row: `question`, `answerKey`, and `choices` (with `text` and `label`, as on the hub) or a column for each option,
             named A, B, C, D, of which the last may be empty.
 
     Raises:
-        ValueError: If there are fewer than two options, one is blank, or the key is none of their labels.
+        ValueError: If there are fewer than two options, one is blank, or the key is not one of their labels.
 
     Example:
         >>> choices = {"text": ["yes", "no"], "label": ["1", "2"]}
@@ -100,7 +100,7 @@ def winogrande_question(row: Row) -> Question:
         row: `sentence` with a `_`, `option1`, `option2` and `answer`, "1" or "2".
 
     Raises:
-        ValueError: If there is no blank, nothing behind it, an empty option, or no answer, as in the test split.
+        ValueError: If there is no blank, no text after it, an empty option, or no answer, as in the test split.
 
     Example:
         >>> row = {"sentence": "Ann beat Eve as _ was fast.", "option1": "Ann", "option2": "Eve", "answer": "1"}
@@ -110,7 +110,7 @@ def winogrande_question(row: Row) -> Question:
     head, blank, tail = str(row["sentence"]).partition("_")
     options = [str(row["option1"] or ""), str(row["option2"] or "")]
     if not blank or not tail.strip():
-        raise InvalidValueError(f"the sentence {row['sentence']!r} has no blank '_' with text behind it")
+        raise InvalidValueError(f"sentence: expected a blank '_' followed by text, got {row['sentence']!r}")
     question = _question("", options, ["1", "2"], row["answer"])
     return question._replace(pairs=[(head + option, f" {tail.strip()}") for option in options])
 
@@ -140,9 +140,9 @@ SCHEMAS: Mapping[str, ChoiceSchema] = {
 
 def _question(context: str, options: list[str], labels: list[str], key: Any) -> Question:
     if len(options) < 2 or not all(option.strip() for option in options):
-        raise InvalidValueError(f"expected at least two options and none of them blank, got {options}")
+        raise InvalidValueError(f"options: expected at least two and none of them blank, got {options}")
     if str(key).strip() not in labels:
-        raise InvalidValueError(f"the answer {key!r} is none of {labels}")
+        raise InvalidValueError(f"answer: expected one of {labels}, got {key!r}")
     pairs = [(context, f" {option}") for option in options]
     return Question(pairs, [len(option) for option in options], labels.index(str(key).strip()))
 

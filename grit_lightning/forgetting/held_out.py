@@ -1,4 +1,4 @@
-"""A held-out data set, whatever it is: token sequences to score, and what their scores mean."""
+"""A held-out data set of any kind: token sequences to score, and what their scores mean."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from grit_lightning.forgetting.likelihood import TokenSequence
 class HeldOutSet(ABC):
     """N units (blocks of text, questions) whose token sequences are scored before and after training.
 
-    A metric is a sum of values over a sum of weights, both one a unit: nats over tokens, right answers over questions.
+    A metric is a sum of values over a sum of weights, one of each per unit: nats over tokens, right answers over questions.
 
     Attributes:
         name: What its results are called.
-        sequences: What the model scores; a unit has one or several.
+        sequences: What the model scores; one or several per unit.
     """
 
     unit: ClassVar[str]
@@ -45,12 +45,12 @@ class HeldOutSet(ABC):
 
     @property
     def size(self) -> Mapping[str, int]:
-        """Return how much is measured, for summary.json."""
+        """The amount that is measured, for summary.json."""
         return {f"{self.unit}s": len(self.weights)}
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash that tells two sets of sequences apart."""
+        """A hash that tells two sets of sequences apart."""
         return hashlib.sha256(repr(self.sequences).encode()).hexdigest()[:16]
 
     def within(self, context: int) -> HeldOutSet:
@@ -58,7 +58,7 @@ class HeldOutSet(ABC):
         return replace(self, sequences=[sequence.last(context) for sequence in self.sequences])
 
     def describe(self, scores: Tensor) -> list[dict[str, Any]]:
-        """Return a line a unit for the file in the run's folder: the value of each metric."""
+        """Return a line per unit for the file in the run's folder: the value of each metric."""
         columns = {metric: values.tolist() for metric, values in self.values(scores).items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences under a causal language model, shared out over processes.
+"""Log-likelihoods of token sequences under a causal language model, divided among processes.
 
 Shapes: N sequences, B of them in a batch, T tokens of the longest in it, V vocabulary.
 """
@@ -19,7 +19,7 @@ from grit_lightning.datamodules.pipeline.collate import pad
 class TokenSequence(NamedTuple):
     """Token ids, and the position of the first one whose likelihood counts.
 
-    What stands before it is context only. The first token of all is never predicted: `start` is at least 1.
+    What comes before is context only. A sequence's first token is never predicted: `start` is at least 1.
     """
 
     ids: list[int]
@@ -31,7 +31,7 @@ class TokenSequence(NamedTuple):
         return len(self.ids) - self.start
 
     def last(self, tokens: int) -> TokenSequence:
-        """Return the same without what stands before its last `tokens` tokens; context goes first."""
+        """Return the sequence's last `tokens` tokens; what is cut is context first."""
         cut = max(len(self.ids) - tokens, 0)
         return TokenSequence(self.ids[cut:], max(self.start - cut, 1))
 
@@ -46,23 +46,23 @@ def log_likelihoods(
     rank: int = 0,
     world_size: int = 1,
 ) -> Tensor:
-    """Score the sequences that fall to this process, longest first and right-padded.
+    """Score this process's share of the sequences, longest first and right-padded.
 
-    Every process calls the model equally often, also where the sequences do not divide evenly: some models communicate
-    in their forward pass.
+    Every process calls the model equally often, even if the sequences do not divide evenly: some models communicate in
+    their forward pass.
 
     Args:
         logits_of: Logits `[B, T', V]` for the last T' ≤ T positions of a batch of `input_ids`, `attention_mask` and
-            `labels`, each int64 `[B, T]`; labels are −100 on all that does not count.
+            `labels`, each int64 `[B, T]`; labels are −100 where a token does not count.
         sequences: The same on every process.
         batch_size: Sequences in a forward pass.
-        device: Where batches go.
-        rank: Of this process.
+        device: Device of the batches.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Returns:
         `[N]`, float32 or better: log-likelihoods in nats, summed over the tokens that count; 0 for sequences of other
-        processes. The sum over processes is the whole.
+        processes, so that the sum over processes is complete.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
     own = order[rank::world_size]
@@ -70,7 +70,7 @@ def log_likelihoods(
     scores: dict[int, Tensor] = {}
     for call in range(calls):
         chosen = own[call * batch_size : (call + 1) * batch_size]
-        batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # without any left, still take part
+        batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # with none left, still take part
         logits = logits_of(batch)
         scores.update(zip(chosen, _scores(logits, batch["labels"]), strict=False))
     return torch.stack([scores[i] if i in scores else torch.zeros((), device=device) for i in range(len(sequences))])

@@ -1,8 +1,8 @@
 """Held-out text as blocks of tokens: a proxy for what the backbone was pretrained on.
 
 L_pt is token-level: the mean negative log-likelihood of tokens, in nats, over blocks that do not overlap. Each block is
-read without what came before it, opened by the begin-of-sequence token if the tokenizer writes one by itself; the
-block's first token is not predicted. A perplexity is exp(L_pt) and belongs to a tokenizer and a block size.
+read without what came before it, after a begin-of-sequence token if the tokenizer adds one by itself; the block's first
+token is not predicted. A perplexity is exp(L_pt) and belongs to a tokenizer and a block size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
-from grit_lightning.errors import InvalidValueError, MissingFileError
+from grit_lightning.errors import InvalidValueError, MissingFileError, require
 from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
 
@@ -29,13 +29,13 @@ class TextData:
     Attributes:
         source: A .txt file (one document); a jsonl, json, parquet, csv or tsv file; a folder with split files; or a hub id.
         name: What results are called; None for the last part of `source`.
-        column: Column that holds a document a row.
+        column: Column that holds the documents, one per row.
         hub_config: Configuration of the hub table, such as wikitext-2-raw-v1 or en.
         split: Split of a folder or hub table.
         streaming: Fetch only as much of a hub table as is needed (C4 is 300 GB). Needs the network every time.
-        documents: `joined` cuts one stream of all documents into blocks that are all full; the rest at its end is left out.
-            `separate` takes the first tokens of each document, up to a block.
-        separator: What joins documents: None for the end-of-sequence token, as in pretraining, which leaves empty rows out;
+        documents: `joined` cuts one stream of all documents into full blocks and drops what is left at its end.
+            `separate` takes the first tokens of each document, up to one block.
+        separator: What joins documents: None for the end-of-sequence token, as in pretraining, which skips empty rows;
             or text, such as a blank line, for tables whose rows are lines of one text (wikitext).
     """
 
@@ -54,12 +54,12 @@ class TextData:
         Raises:
             ValueError: If `documents` is unknown, or a separator would join nothing.
         """
-        if self.documents not in ("joined", "separate"):
-            raise InvalidValueError(f"TextData.documents must be joined or separate, got {self.documents!r}.")
+        known = self.documents in ("joined", "separate")
+        require("TextData", "documents", known, "joined or separate", self.documents)
         if self.documents == "separate" and self.separator is not None:
             raise InvalidValueError(
-                "Expected no TextData.separator, as separate documents are not joined, got one. Leave it out, or set documents "
-                "to joined."
+                f"TextData.separator: expected null, as separate documents are not joined, got {self.separator!r}. Leave it "
+                "out, or set documents to joined."
             )
 
     @property
@@ -71,13 +71,13 @@ class TextData:
         """Read, tokenise and cut.
 
         Args:
-            tokenizer: Of the backbone.
+            tokenizer: The backbone's.
             block_size: Tokens the model sees at once, begin-of-sequence included.
             max_blocks: How many blocks to take from the start; None for all.
 
         Raises:
             FileNotFoundError: If the file or split is missing.
-            ValueError: If the column is missing, there is no text, or less than a block of it.
+            ValueError: If the column is missing, or there is no text or less than a block of it.
             ConnectionError: If the hub cannot be reached.
         """
         lead = leading_ids(tokenizer)
@@ -86,13 +86,13 @@ class TextData:
         blocks = [TokenSequence(lead + piece) for piece in islice(pieces, max_blocks)]
         if not blocks:
             raise InvalidValueError(
-                f"{self._where}: the text does not fill one block of {block_size} tokens. Lower block_size, use more text, "
-                "or set documents to separate."
+                f"{self._where}: expected enough text to fill a block of {block_size} tokens, got less. Lower block_size, use "
+                "more text, or set `documents` to separate."
             )
         return TextBlocks(self.label, blocks)
 
     def _joined(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
-        """Yield full pieces of one stream, tokenised no further than is asked for."""
+        """Yield full pieces of one stream, tokenising no more than is needed."""
         stream: list[int] = []
         for document in self._stream(tokenizer):
             stream += document
@@ -106,8 +106,8 @@ class TextData:
             return
         if tokenizer.eos_token_id is None:
             raise InvalidValueError(
-                f"{self._where}: the tokenizer has no end-of-sequence token to put between documents. Set separator to text, "
-                "or documents to separate."
+                f"{self._where}: expected a tokenizer with an end-of-sequence token to put between documents, got one without. "
+                "Set `separator` to a text, or `documents` to separate."
             )
         for number, text in enumerate(self._filled()):
             yield ([tokenizer.eos_token_id] if number else []) + encode(tokenizer, text)
@@ -134,19 +134,21 @@ class TextData:
             found = found or bool(text.strip())
             yield text
         if not found:
-            raise InvalidValueError(f"{self._where}: there is no text in it.")
+            raise InvalidValueError(f"{self._where}: expected text, got none. Set `source` or `column` to where it is.")
 
     def _rows(self) -> Iterable[str]:
         path = Path(self.source).expanduser()
         if path.suffix == ".txt":
             if not path.is_file():
-                raise MissingFileError(f"Text file {path} does not exist. Set `source` to one that does.")
+                raise MissingFileError(
+                    f"{self._where}: expected a file, got {path}, which does not exist. Set `source`."
+                )
             return [path.read_text(encoding="utf-8")]
         return self._column(self._table(path))
 
     def _column(self, table: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         for row in table:
-            if self.column not in row:  # a streamed table may not know its columns before
+            if self.column not in row:  # a streamed table may not know its columns in advance
                 raise InvalidValueError(
                     f"{self._where}: expected the column {self.column!r}, got {list(row)}. Set `column`."
                 )
@@ -157,7 +159,8 @@ class TextData:
             files = find_files(path, self.split, self.hub_config)
             if not files:
                 raise MissingFileError(
-                    f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file."
+                    f"{self._where}: expected a file of split {self.split!r}, got a folder without one. Set `split`, or "
+                    "name the file."
                 )
             return read_files(files)
         if path.is_file() or path.suffix in READERS:
@@ -170,11 +173,11 @@ class TextData:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the begin-of-sequence token, if the tokenizer puts one before a text by itself."""
+    """Return the begin-of-sequence token, if the tokenizer adds one by itself."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and bos in tokenizer("").input_ids else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text, without any special token around it; a long text gives no warning."""
+    """Return the token ids of a text, without special tokens, and without a warning for a long text."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -14,11 +14,11 @@ from grit_lightning.checkpoints.random_state import random_state, restore_random
 
 @contextmanager
 def evaluating_without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate a module without gradients; afterwards its parts' modes and all random numbers are as they were.
+    """Evaluate a module without gradients, and afterwards restore the modes of its parts and all random numbers.
 
     Args:
-        module: What is evaluated.
-        device: Whose random numbers are kept, beside those of the CPU.
+        module: The module.
+        device: Device whose random numbers are kept, besides those of the CPU.
     """
     modes = {part: part.training for part in module.modules()}
     state = random_state(device)
@@ -34,9 +34,9 @@ def evaluating_without_trace(module: nn.Module, device: torch.device) -> Iterato
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """Switch the adapter off; afterwards the same parameters are trained as before.
+    """Switch the adapter off for a while, without changing which parameters are trained.
 
-    PEFT, on its own, would make all parameters of the active adapter trainable, also those that were frozen.
+    PEFT alone would afterwards make all parameters of the active adapter trainable, including those that were frozen.
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

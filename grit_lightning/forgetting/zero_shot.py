@@ -1,7 +1,7 @@
 """Zero-shot accuracy on multiple-choice benchmarks, as lm-evaluation-harness 0.4 defines it.
 
 `acc` is how often the right option has the highest log-likelihood, `acc_norm` how often it has the highest log-likelihood
-divided by the number of characters of the option, without the space before it (their `completion_len`; bytes are another
+divided by its number of characters, without the space before it (the harness's `completion_len`; dividing by bytes is another
 metric there, `acc_bytes`). There are no examples in the prompt and no chat template.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import find_files, read_files, read_hub
-from grit_lightning.errors import InvalidValueError, MissingFileError
+from grit_lightning.errors import InvalidValueError, MissingFileError, require
 from grit_lightning.forgetting.choices import SCHEMAS, ChoiceSchema, Question, Row
 from grit_lightning.forgetting.held_out import HeldOutSet
 from grit_lightning.forgetting.likelihood import TokenSequence
@@ -28,11 +28,11 @@ from grit_lightning.forgetting.text import encode, leading_ids
 
 @dataclass(frozen=True)
 class ChoiceQuestions(HeldOutSet):
-    """Multiple-choice questions; a sequence is one option of one question, in their order.
+    """Multiple-choice questions; each sequence is one option of one question, in order.
 
     Attributes:
-        questions: What is asked.
-        schema: Where they come from.
+        questions: The questions.
+        schema: The benchmark that they come from.
     """
 
     unit = "question"
@@ -50,7 +50,7 @@ class ChoiceQuestions(HeldOutSet):
         return torch.ones(len(self.questions), dtype=torch.float64)
 
     def values(self, scores: Tensor) -> dict[str, Tensor]:
-        """Return 1 where the metric's favourite option is the right one, else 0; the first of equals is the favourite."""
+        """Return 1 where the metric's favourite option is the right one, else 0; in a tie, the first is the favourite."""
         lengths = torch.tensor([length for question in self.questions for length in question.lengths])
         per_metric = {"acc": scores, "acc_norm": scores / lengths}
         return {metric: self._right(per_metric[metric]) for metric in self.metrics}
@@ -93,10 +93,8 @@ class ZeroShotTask:
         Raises:
             ValueError: If the schema is unknown or the limit below 1.
         """
-        if self.schema not in SCHEMAS:
-            raise InvalidValueError(f"ZeroShotTask.schema must be one of {', '.join(SCHEMAS)}, got {self.schema!r}.")
-        if self.limit is not None and self.limit < 1:
-            raise InvalidValueError(f"ZeroShotTask.limit must be null or ≥ 1, got {self.limit}.")
+        require("ZeroShotTask", "schema", self.schema in SCHEMAS, f"one of {', '.join(SCHEMAS)}", self.schema)
+        require("ZeroShotTask", "limit", self.limit is None or self.limit >= 1, "an integer ≥ 1 or null", self.limit)
 
     @property
     def label(self) -> str:
@@ -104,11 +102,11 @@ class ZeroShotTask:
         return self.name or self.schema
 
     def read(self, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> ChoiceQuestions:
-        """Read rows as questions, and tokenise them. Rows without a usable question are left out, and counted in a warning.
+        """Read rows as questions and tokenise them. Rows without a usable question are left out and counted in a warning.
 
         Args:
-            tokenizer: Of the backbone.
-            at_most: Another bound on the number of questions, beside `limit`.
+            tokenizer: The backbone's.
+            at_most: Another bound on the number of questions, besides `limit`.
 
         Raises:
             FileNotFoundError: If the file or split is missing.
@@ -118,9 +116,11 @@ class ZeroShotTask:
         schema = SCHEMAS[self.schema]
         limit = min((bound for bound in (self.limit, at_most) if bound is not None), default=None)
         questions, broken = self._questions(schema, limit)
-        left_out = f"rows left out: {len(broken)}" + (f", the first because {broken[0]}" if broken else "")
+        left_out = f"rows left out: {len(broken)}" + (f", the first for its {broken[0]}" if broken else "")
         if not questions:
-            raise InvalidValueError(f"{self._where}: there is no usable question, {left_out}.")
+            raise InvalidValueError(
+                f"{self._where}: expected usable questions, got none, {left_out}. Set `source` or `split`."
+            )
         if broken:
             rank_zero_warn(f"{self._where}: {left_out}.")
         sequences = [sequence_of(tokenizer, *pair) for question in questions for pair in question.pairs]
@@ -147,10 +147,14 @@ class ZeroShotTask:
         elif files := [path] if path.is_file() else find_files(path, self.split, schema.hub_config):
             table = read_files(files)
         else:
-            raise MissingFileError(f"{self._where}: no file of split {self.split!r}. Set `split`, or name the file.")
+            raise MissingFileError(
+                f"{self._where}: expected a file of split {self.split!r}, got none. Set `split`, or name the file."
+            )
         if not any(set(columns) <= set(table.column_names) for columns in schema.columns):
             wanted = " or ".join(map(str, map(list, schema.columns)))
-            raise InvalidValueError(f"{self._where}: expected the columns {wanted}, got {table.column_names}.")
+            raise InvalidValueError(
+                f"{self._where}: expected the columns {wanted}, got {table.column_names}. Set `source`."
+            )
         return iter(table)
 
     @property
@@ -161,7 +165,7 @@ class ZeroShotTask:
 def sequence_of(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> TokenSequence:
     """Tokenise context and continuation together, so that the continuation has the tokens that it has in running text.
 
-    Spaces at the end of the context belong to the continuation, where tokenizers keep them. (Both as in
+    Spaces at the end of the context are moved to the continuation, where tokenizers keep them. (Both as in
     lm-evaluation-harness.)
     """
     kept = context.rstrip()

@@ -177,13 +177,17 @@ class TestSources:
 class TestRefusedSources:
     @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nowhere", "a/b/c", "nowhere.gguf", Path("x")])
     def test_missing_path_names_the_place_and_the_setting(self, name: str | Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"path does not exist: /.*Set backbone to a hub id") as caught:
+        with pytest.raises(
+            FileNotFoundError, match=r"a path that exists, got .*, which is /.*Set backbone to a hub id"
+        ) as caught:
             load_backbone(name)
         assert str(Path(name).expanduser().absolute()) in str(caught.value)
 
     @pytest.mark.parametrize("load", [load_backbone, load_tokenizer])
     def test_unreachable_hub_says_what_was_tried(self, load: Callable[[str], Any]) -> None:
-        with pytest.raises(OSError, match=r"no local folder /.*/acme/none, and neither .* nor the hub") as caught:
+        with pytest.raises(
+            OSError, match=r"expected a local folder /.*/acme/none, or 'acme/none' in .* hub, got neither"
+        ) as caught:
             load("acme/none")
         assert "HF_HUB_OFFLINE is set" in str(caught.value)
         assert "Set backbone to a hub id" in str(caught.value)
@@ -191,11 +195,15 @@ class TestRefusedSources:
 
     @pytest.mark.parametrize("name", ["pypi:not_installed_at_all", "pypi:not_installed.at_all", "pypi:"])
     def test_package_that_is_not_installed(self, name: str) -> None:
-        with pytest.raises(ModuleNotFoundError, match="is installed in this environment"):
+        with pytest.raises(
+            ModuleNotFoundError, match="expected a package that is installed in this environment, got 'pypi:"
+        ):
             load_backbone(name)
 
     def test_single_module_is_no_package(self) -> None:
-        with pytest.raises(ValueError, match="single module"):
+        with pytest.raises(
+            ValueError, match="expected a package with files in it, got 'pypi:this', which is a single module"
+        ):
             load_backbone("pypi:this")
 
     @pytest.mark.parametrize("source", [3, None, nn.Linear(2, 2)])
@@ -204,13 +212,15 @@ class TestRefusedSources:
             load_backbone(source)
 
     def test_empty_name(self) -> None:
-        with pytest.raises(ValueError, match="empty name"):
+        with pytest.raises(ValueError, match="expected a name or path, got an empty name"):
             load_backbone(" ")
 
     def test_pickled_weights_are_refused_unread(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
         shutil.copy(tiny_backbone_dir / "config.json", tmp_path)
         (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-        with pytest.raises(ValueError, match=r"only holds pickled weights \(pytorch_model.bin\).*expected \*.safetens"):
+        with pytest.raises(
+            ValueError, match=r"expected \*.safetensors .* got only pickled weights \(pytorch_model.bin\)"
+        ):
             load_backbone(tmp_path)
 
     def test_pickled_weights_of_a_hub_repository_are_not_read(
@@ -226,7 +236,7 @@ class TestRefusedSources:
 
     def test_folder_without_weights_lists_what_it_found(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
         shutil.copy(tiny_backbone_dir / "config.json", tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"holds no weights.*found config.json"):
+        with pytest.raises(FileNotFoundError, match=r"expected weights, .* got config.json\."):
             load_backbone(tmp_path)
 
     def test_folder_without_config_is_an_error_of_ours(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
@@ -242,26 +252,28 @@ class TestRefusedSources:
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         for quantization in (None, "nf4"):
             with pytest.raises(
-                OSError, match=r"lacks 2 .*: model\.layers\.1\.mlp\.up_proj\.weight, model\.norm\.weight"
+                OSError, match=r"got all but 2: model\.layers\.1\.mlp\.up_proj\.weight, model\.norm\.weight"
             ):
                 load_backbone(tmp_path, quantization=quantization)
 
     def test_folder_of_an_adapter(self, tiny_llama: LlamaForCausalLM, lora_config: Any, tmp_path: Path) -> None:
         attach_adapter(tiny_llama, lora_config()).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="holds an adapter, not a backbone"):
+        with pytest.raises(ValueError, match=r"expected the folder of a whole model, got .*, which holds an adapter"):
             load_backbone(tmp_path)
 
     def test_several_gguf_files(self, tmp_path: Path) -> None:
         for name in ("one.gguf", "two.gguf"):
             (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=r"set backbone to one of them: \['one.gguf', 'two.gguf'\]"):
+        with pytest.raises(
+            ValueError, match=r"with one GGUF file, got .* with \['one.gguf', 'two.gguf'\]\. Set backbone to"
+        ):
             load_backbone(tmp_path)
 
     def test_file_that_is_not_gguf(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"not a \.gguf file"):
+        with pytest.raises(ValueError, match=r"got .*, which is not a \.gguf file"):
             load_backbone(tiny_backbone_dir / "model.safetensors")
         (tmp_path / "fake.gguf").write_bytes(b"not really a model file" * 10)
-        with pytest.raises(OSError, match=r"fake\.gguf could not be read"):
+        with pytest.raises(OSError, match=r"expected files in .*fake\.gguf that can be read, got an error"):
             load_backbone(tmp_path / "fake.gguf")
 
     def test_code_of_a_repository_is_never_run(self, tiny_backbone_dir: Path, tmp_path: Path) -> None:
@@ -278,13 +290,13 @@ class TestRefusedSources:
 
     def test_revision_of_a_local_source(self, tiny_backbone_dir: Path) -> None:
         for load in (load_backbone, load_tokenizer):
-            with pytest.raises(ValueError, match=r"revision \('main'\) is for hub ids only"):
+            with pytest.raises(ValueError, match=r"revision: expected null, as only hub ids .*, got 'main'"):
                 load(tiny_backbone_dir, revision="main")
 
     def test_unknown_dtype_and_quantization(self, tiny_backbone_dir: Path) -> None:
-        with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16, got 'fp32'"):
+        with pytest.raises(ValueError, match="dtype: expected one of auto, float32, bfloat16, float16, got 'fp32'"):
             load_backbone(tiny_backbone_dir, dtype="fp32")
-        with pytest.raises(ValueError, match="quantization must be nf4 or none, got 'int8'"):
+        with pytest.raises(ValueError, match="quantization: expected nf4 or null, got 'int8'"):
             load_backbone(tiny_backbone_dir, quantization="int8")
 
 
@@ -336,7 +348,7 @@ class TestNF4:
         assert from_gguf.name_or_path == str(gguf_file.parent)
 
     def test_instance_is_refused(self, tiny_llama: LlamaForCausalLM) -> None:
-        with pytest.raises(ValueError, match="LlamaForCausalLM in memory"):
+        with pytest.raises(ValueError, match="got a LlamaForCausalLM in memory"):
             load_backbone(tiny_llama, quantization="nf4")
 
     def test_missing_bitsandbytes_names_the_extra(
@@ -426,15 +438,15 @@ class TestAdapter:
 
     @pytest.mark.parametrize("rank", [0, -4])
     def test_rank_must_be_positive(self, tiny_llama: LlamaForCausalLM, lora_config: Any, rank: int) -> None:
-        with pytest.raises(ValueError, match=f"adapter's r must be a positive rank, got {rank}"):
+        with pytest.raises(ValueError, match=f"adapter.r: expected a positive rank, got {rank}"):
             attach_adapter(tiny_llama, lora_config(r=rank))
-        with pytest.raises(ValueError, match=rf"rank_pattern\['q_proj'\] must be a positive rank, got {rank}"):
+        with pytest.raises(ValueError, match=rf"rank_pattern\['q_proj'\]: expected a positive rank, got {rank}"):
             attach_adapter(tiny_llama, lora_config(rank_pattern={"q_proj": rank}))
 
     def test_second_adapter_is_refused(self, tiny_llama: LlamaForCausalLM, lora_config: Any) -> None:
         adapted = attach_adapter(tiny_llama, lora_config())
         for model in (tiny_llama, adapted):
-            with pytest.raises(ValueError, match="already carries an adapter"):
+            with pytest.raises(ValueError, match="expected a model without an adapter, got one that already carries"):
                 attach_adapter(model, lora_config())
 
 
@@ -454,11 +466,11 @@ class TestTokenizer:
         assert load_tokenizer(tmp_path).pad_token == "</s>"
         tiny_tokenizer.eos_token = None
         tiny_tokenizer.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
+        with pytest.raises(ValueError, match="expected a pad_token or an eos_token to pad with, got neither"):
             load_tokenizer(tmp_path)
 
     def test_model_in_memory_has_no_tokenizer(self, tiny_llama: LlamaForCausalLM) -> None:
-        with pytest.raises(TypeError, match="LlamaForCausalLM in memory carries no tokenizer"):
+        with pytest.raises(TypeError, match="got a LlamaForCausalLM in memory, which carries no tokenizer"):
             load_tokenizer(tiny_llama)
 
 

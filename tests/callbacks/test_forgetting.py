@@ -367,7 +367,9 @@ def test_a_resumed_run_knows_what_was_before_and_writes_the_same(
         assert lines(resumed, name) == lines(whole, name)
     with pytest.raises(Stopped):
         run("changed", StopAt(3))
-    with pytest.raises(ValueError, match="what prose measures is not what the checkpoint has measured"):
+    with pytest.raises(
+        ValueError, match="expected prose to hold what the checkpoint measured before training, got something else"
+    ):
         run("changed", resume=True, block_size=16)
 
 
@@ -406,13 +408,16 @@ def test_blocks_longer_than_the_context_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"texts": None, "zero_shot": None}, "measures nothing"),
-        ({"texts": [TextData("a/x.txt"), TextData("b/x.txt")]}, "several data sets called x"),
-        ({"block_size": 1}, "block_size must be an integer ≥ 2, got 1"),
-        ({"max_blocks": 0}, "max_blocks must be an integer ≥ 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
-        ({"every_n_steps": 0}, "every_n_steps must be an integer ≥ 1"),
-        ({"confidence": 1.0}, "confidence must lie in"),
+        ({"texts": None, "zero_shot": None}, "expected something to measure, got neither texts nor zero_shot tasks"),
+        (
+            {"texts": [TextData("a/x.txt"), TextData("b/x.txt")]},
+            "expected data sets with different names, got several called x",
+        ),
+        ({"block_size": 1}, "block_size: expected an integer ≥ 2, got 1"),
+        ({"max_blocks": 0}, "max_blocks: expected an integer ≥ 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer ≥ 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps.* an integer ≥ 1"),
+        ({"confidence": 1.0}, r"confidence: expected a number in \(0, 1\), got 1\.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(probe: Factory, settings: dict[str, Any], message: str) -> None:
@@ -430,7 +435,7 @@ def test_a_model_without_adapter_and_a_run_without_tokenizer_are_refused(
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 
-    with pytest.raises(Exception, match=r"switches the adapter of a PEFT model off, but Plain\.model is NoneType"):
+    with pytest.raises(Exception, match=r"expected Plain\.model to be a PEFT model, .* got NoneType"):
         make_trainer(callbacks=[probe()]).fit(Plain(), loader(1))
-    with pytest.raises(Exception, match="needs a tokenizer, but neither the data module nor the backbone names one"):
+    with pytest.raises(Exception, match=r"ForgettingProbe\.tokenizer: expected a tokenizer .*, got none"):
         make_trainer(callbacks=[probe(tokenizer=None)]).fit(quick_module(), loader(1))

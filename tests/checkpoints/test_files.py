@@ -128,5 +128,5 @@ def test_a_write_cut_off_leaves_the_checkpoint_before_it(
 
 @pytest.mark.parametrize("setting", ["every_n_steps", "keep_last"])
 def test_bad_settings_are_named(setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"AdapterCheckpoint\.{setting} must be an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match=rf"AdapterCheckpoint\.{setting}: expected an integer ≥ 1, got 0"):
         AdapterCheckpoint(**{setting: 0})

@@ -35,14 +35,18 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "settings", "message"),
     [
-        (truncate, {}, "cannot be read as a checkpoint, it is damaged or cut off"),
-        (lambda path: path.write_bytes(b""), {}, "cannot be read as a checkpoint, it is damaged or cut off"),
-        (lambda path: torch.save([1], path), {}, "is no checkpoint: expected a dict in it, got a list"),
+        (truncate, {}, r"a checkpoint that can be read, got .*, which is damaged or cut off"),
+        (lambda path: path.write_bytes(b""), {}, r"a checkpoint that can be read, got .*, which is damaged or cut off"),
+        (
+            lambda path: torch.save([1], path),
+            {},
+            r"expected a checkpoint, which holds a dict, got .*, which holds a list",
+        ),
         (lambda path: rewrite(path, lambda saved: saved.pop("grit")), {}, "got one without the entry 'grit'"),
         (
             lambda path: rewrite(path, lambda saved: saved["grit"].update(format_version=1)),
             {},
-            rf"format version 1, expected {CHECKPOINT_FORMAT}\. Resume it with the release .* or export it there",
+            rf"expected format version {CHECKPOINT_FORMAT}, got 1\. Resume it with the release .* or export it there",
         ),
         (None, {"backbone": {"num_hidden_layers": 3}}, "another backbone: num_hidden_layers 2 → 3"),
         (None, {"backbone": {"initializer_range": 0.03}}, "of this shape with other weights: 1. of 16 .* differ"),
@@ -74,7 +78,7 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused_before_anything_chang
 
 
 def test_a_missing_checkpoint_is_named(run: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"expected a file, got .*nowhere\.ckpt, which does not exist"):
         run("a", resume=Path("nowhere.ckpt"))
 
 
@@ -83,6 +87,6 @@ def test_a_format_of_another_release_is_refused_by_name_with_what_to_do() -> Non
     assert grit_entry({"grit": {"format_version": CHECKPOINT_FORMAT}}) == {"format_version": CHECKPOINT_FORMAT}
     for version in (CHECKPOINT_FORMAT - 1, CHECKPOINT_FORMAT + 1):
         with pytest.raises(
-            ValueError, match=rf"old\.ckpt has format version {version}, expected {CHECKPOINT_FORMAT}\."
+            ValueError, match=rf"old\.ckpt: expected format version {CHECKPOINT_FORMAT}, got {version}\."
         ):
             require_format(version, "old.ckpt")

@@ -120,7 +120,7 @@ def test_a_limit_and_an_unknown_task(
     ("words", "message"),
     [
         (["--adapter=nowhere"], "nowhere holds no adapter_config.json"),
-        (["--ckpt_path=nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
+        (["--ckpt_path=nowhere.ckpt"], "expected a file, got nowhere.ckpt, which does not exist"),
     ],
 )
 def test_what_is_not_there_is_one_line(

@@ -101,7 +101,7 @@ def test_sharded_variants_train_what_one_process_trains(
 @pytest.mark.parametrize("kind", SHARDED)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_called_outside_of_a_step_says_so(variant: str, kind: str, found: Found) -> None:
-    assert "called outside of a training or evaluation step" in found(f"{variant}-{kind}")["outside"]
+    assert "expected a call inside a training or evaluation step" in found(f"{variant}-{kind}")["outside"]
 
 
 def test_what_breaks_on_one_process_stops_all_before_the_weights_change(found: Found) -> None:

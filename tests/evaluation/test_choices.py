@@ -89,7 +89,7 @@ def test_a_row_without_prompt_or_label_is_refused(model: nn.Module, prompt_lengt
     batch = Collator(0, "left", torch.tensor([[50], [60]]))(
         [{"input_ids": [1, 2, 3, 4, 50], "prompt_length": prompt_length, "target": 0}]
     )
-    with pytest.raises(ValueError, match=r"a prompt and labels behind it in every row.*got 1 of 1 rows without"):
+    with pytest.raises(ValueError, match=r"expected a prompt followed by labels in every row, got 1 of 1 rows without"):
         choice_scores(model, batch, torch.zeros(1, 5, 320))
 
 

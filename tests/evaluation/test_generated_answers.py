@@ -298,6 +298,6 @@ def test_a_data_module_that_tells_no_references_is_refused(module: Any, make_tra
         def test_dataloader(self) -> DataLoader[Any]:
             return DataLoader([random_batch()], batch_size=None)
 
-    with pytest.raises(MisconfigurationException, match=r"text_metrics and examples\(split\).*got Plain"):
+    with pytest.raises(MisconfigurationException, match=r"expected a data module with .* examples\(split\).*got Plain"):
         make_trainer().test(module(), Plain(), verbose=False)
     make_trainer().test(module(None), Plain(), verbose=False)

@@ -279,7 +279,7 @@ def test_an_encoder_that_cannot_be_had_says_what_to_download_and_what_to_set() -
 
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused(encoder_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"bertscore_layer of at most 3, .*got 17"):
+    with pytest.raises(ValueError, match=r"bertscore_layer: expected at most 3, .*got 17"):
         make("bertscore", bertscore_encoder=str(encoder_dir))
 
 
@@ -289,7 +289,10 @@ def test_without_an_encoder_bertscore_is_left_out() -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rouge, bleu, bertscore, exact_match, classification, got \['meteor'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"text_metrics: expected any of rouge, bleu, bertscore, exact_match, classification, got \['meteor'\]",
+    ):
         text_metrics(["meteor"], [], GenerationSettings(), torch.device("cpu"))
 
 

@@ -41,7 +41,7 @@ BAD_CONTENT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "step 0": (lambda c: c.update(global_step=0), "was never trained: it was written at optimizer step 0"),
     "B zero": (_without_training, "was never trained: every B is zero"),
     "not grit": (lambda c: c.pop("grit"), "is no checkpoint of GritLitModule"),
-    "other version": (lambda c: c["grit"].update(format_version=99), "format version 99, expected"),
+    "other version": (lambda c: c["grit"].update(format_version=99), "got 99. Resume it with"),
     "contradiction": (_beyond_its_rank, "has effective rank 1, but B is not zero in column"),
     "diverged": (lambda c: next(iter(c["state_dict"].values())).fill_(math.nan), "hold NaN or infinity"),
     "half a layer": (lambda c: c["state_dict"].popitem(), "Expected A and B of every layer"),
@@ -68,10 +68,10 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path, refused: Refused) -> No
     whole = checkpoint.read_bytes()
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         checkpoint.write_bytes(whole[:length])
-        assert "cannot be read" in refused(f"--ckpt_path={checkpoint}", output)
+        assert "expected a checkpoint that can be read" in refused(f"--ckpt_path={checkpoint}", output)
     torch.save(torch.ones(3), checkpoint)
     assert "holds a Tensor" in refused(f"--ckpt_path={checkpoint}", output)
-    assert "does not exist" in refused(f"--ckpt_path={tmp_path / 'no.ckpt'}", output)
+    assert "no.ckpt, which does not exist" in refused(f"--ckpt_path={tmp_path / 'no.ckpt'}", output)
     assert "is a folder" in refused(f"--ckpt_path={tmp_path}", output)
 
 
@@ -142,5 +142,5 @@ def test_unsupported_adapters(
 
 
 def test_module_that_is_not_built(lora_config: Callable[..., LoraConfig], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="not built yet"):
+    with pytest.raises(RuntimeError, match="expected one that is built, got none yet"):
         export_adapter(GritLitModule("x/y", lora_config()), tmp_path / "out")

@@ -53,14 +53,26 @@ def test_winogrande_scores_what_follows_the_blank() -> None:
 @pytest.mark.parametrize(
     ("read", "row", "message"),
     [
-        (arc_question, ARC_ROWS[0] | {"answerKey": "5"}, "'5' is none of"),
-        (arc_question, {"question": "?", "A": "", "B": "", "C": "", "D": "", "answerKey": "3"}, "at least two options"),
+        (arc_question, ARC_ROWS[0] | {"answerKey": "5"}, r"answer: expected one of \[.*\], got '5'"),
+        (
+            arc_question,
+            {"question": "?", "A": "", "B": "", "C": "", "D": "", "answerKey": "3"},
+            "options: expected at least two",
+        ),
         (arc_question, {"question": "?", "A": "x", "B": " ", "C": "", "D": "", "answerKey": "A"}, "none of them blank"),
-        (hellaswag_question, HELLASWAG_ROWS[0] | {"label": ""}, "'' is none of"),
+        (hellaswag_question, HELLASWAG_ROWS[0] | {"label": ""}, r"answer: expected one of \[.*\], got ''"),
         (hellaswag_question, HELLASWAG_ROWS[0] | {"endings": ["[step]", "a", "b", "c"]}, "none of them blank"),
-        (winogrande_question, WINOGRANDE_ROWS[0] | {"answer": ""}, "'' is none of"),
-        (winogrande_question, WINOGRANDE_ROWS[0] | {"sentence": "There is none."}, "no blank"),
-        (winogrande_question, WINOGRANDE_ROWS[0] | {"sentence": "At the end _"}, "no blank"),
+        (winogrande_question, WINOGRANDE_ROWS[0] | {"answer": ""}, r"answer: expected one of \[.*\], got ''"),
+        (
+            winogrande_question,
+            WINOGRANDE_ROWS[0] | {"sentence": "There is none."},
+            "sentence: expected a blank '_' followed by text, got",
+        ),
+        (
+            winogrande_question,
+            WINOGRANDE_ROWS[0] | {"sentence": "At the end _"},
+            "sentence: expected a blank '_' followed by text, got",
+        ),
     ],
 )
 def test_rows_without_a_usable_question_say_why(read: Any, row: dict[str, Any], message: str) -> None:

@@ -163,17 +163,25 @@ def test_a_streamed_table_is_read_no_further_than_needed(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"source": "empty.txt"}, ValueError, "no text in it"),
-        ({"source": "blank.jsonl"}, ValueError, "no text in it"),
-        ({"source": "nosuch.txt"}, FileNotFoundError, "does not exist"),
+        ({"source": "empty.txt"}, ValueError, "expected text, got none"),
+        ({"source": "blank.jsonl"}, ValueError, "expected text, got none"),
+        ({"source": "nosuch.txt"}, FileNotFoundError, "expected a file, got nosuch.txt, which does not exist"),
         ({"source": "nosuch.jsonl"}, FileNotFoundError, "does not exist"),
         (
             {"source": "documents.jsonl", "column": "body"},
             ValueError,
             r"expected the column 'body', got \['text', 'id'\]",
         ),
-        ({"source": "documents.jsonl", "block_size": 64}, ValueError, "does not fill one block of 64 tokens"),
-        ({"source": ".", "split": "test"}, FileNotFoundError, "no file of split 'test'"),
+        (
+            {"source": "documents.jsonl", "block_size": 64},
+            ValueError,
+            "expected enough text to fill a block of 64 tokens, got less",
+        ),
+        (
+            {"source": ".", "split": "test"},
+            FileNotFoundError,
+            "expected a file of split 'test', got a folder without one",
+        ),
         ({"source": "allenai/c4"}, ConnectionError, "Could not get allenai/c4"),  # tests are offline
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -197,7 +205,7 @@ def test_what_cannot_be_read_is_named(
 
 def test_a_tokenizer_without_an_end_token_needs_another_separator(documents: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="with an end-of-sequence token to put between documents, got one without"):
         TextData(str(documents)).read(tiny_tokenizer, 4)
     assert TextData(str(documents), separator=" ").read(tiny_tokenizer, 4).sequences
 

@@ -133,7 +133,9 @@ def test_limits_count_usable_questions_and_what_is_left_out_is_said(
     write: Callable[..., str], tiny_tokenizer: Any
 ) -> None:
     source = write([ARC_ROWS[0] | {"answerKey": "9"}, *ARC_ROWS])
-    with pytest.warns(UserWarning, match="rows left out: 1, the first because the answer '9' is none of"):
+    with pytest.warns(
+        UserWarning, match=r"rows left out: 1, the first for its answer: expected one of \[.*\], got '9'"
+    ):
         questions = ZeroShotTask("arc_easy", source, limit=2).read(tiny_tokenizer)
     assert len(questions.questions) == 2
     with pytest.warns(UserWarning, match="left out: 1"):
@@ -168,7 +170,7 @@ def test_real_arc_files_are_read(level: str, real_data: Path, tiny_tokenizer: An
             {"schema": "winogrande"},
             [WINOGRANDE_ROWS[0] | {"answer": ""}],
             ValueError,
-            "no usable question, rows left out: 1, the first because the answer",
+            "expected usable questions, got none, rows left out: 1, the first for its answer",
         ),
         ({"schema": "winogrande", "source": None}, [], ConnectionError, "Could not get allenai/winogrande"),
         ({"schema": "arc_easy", "source": "nosuch.csv"}, [], FileNotFoundError, "does not exist"),
@@ -188,7 +190,10 @@ def test_what_cannot_be_asked_is_named(
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"schema": "mmlu"}, "must be one of arc_easy, .*, got 'mmlu'"), ({"schema": "hellaswag", "limit": 0}, "limit")],
+    [
+        ({"schema": "mmlu"}, "schema: expected one of arc_easy, .*, got 'mmlu'"),
+        ({"schema": "hellaswag", "limit": 0}, "limit"),
+    ],
 )
 def test_unknown_schemas_and_empty_limits_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
