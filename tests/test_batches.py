@@ -52,6 +52,8 @@ def test_the_first_token_of_a_document_is_never_learnt() -> None:
     assert learnt_labels(batch).tolist() == [[-100, -100, 6, 7, 8, 9]]  # 5 comes behind padding
     batch["position_ids"] = torch.tensor([[0, 0, 1, 0, 1, 2]])  # two documents: 5 6 and 7 8 9
     assert learnt_labels(batch).tolist() == [[-100, -100, 6, -100, 8, 9]]
+    batch["position_ids"] = torch.arange(6)[None]  # padding is counted: 5 has a position, but still nothing before it
+    assert learnt_labels(batch).tolist() == [[-100, -100, 6, 7, 8, 9]]
 
 
 def test_trimmed_labels_begin_one_position_before_the_first_label_of_any_row(batch: dict[str, Tensor]) -> None:
