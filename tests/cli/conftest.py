@@ -12,6 +12,8 @@ import pytest
 
 from grit_lightning.cli.program import main
 
+from ..datamodules.task_cases import CASES
+
 Grit = Callable[..., None]
 
 
@@ -35,15 +37,6 @@ def boolq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ROWS: dict[str, Callable[[int], dict[str, object]]] = {  # in the hub's columns
-    "alpaca": lambda n: {"instruction": f"Name {n}.", "input": f"It is {n}." if n % 2 else "", "output": f"Nr. {n}"},
-    "boolq": lambda n: {"question": f"is {n} even", "passage": f"It is {n}.", "answer": n % 2 == 0},
-    "dolly": lambda n: {"instruction": f"Name {n}.", "context": "", "response": f"Nr. {n}", "category": "open_qa"},
-    "gsm8k": lambda n: {"question": f"What is {n} and 1?", "answer": f"It is more.\n#### {n + 1}"},
-    "qnli": lambda n: {"question": f"Is {n} even?", "sentence": f"It is {n}.", "label": n % 2, "idx": n},
-}
-
-
 @pytest.fixture(scope="session")
 def on_task(
     tiny: list[str], tiny_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory
@@ -57,7 +50,7 @@ def on_task(
     def words(task: str) -> list[str]:
         folder = tmp_path_factory.mktemp(task)
         for split, count in (("train", 16), ("validation", 8), ("test", 8)):
-            lines = [json.dumps(ROWS[task](n)) + "\n" for n in range(count)]
+            lines = [json.dumps(CASES[task].row(n)) + "\n" for n in range(count)]
             (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         return [*tiny, f"--model.backbone={backbone}", f"--data.source={folder}", "--data.max_length=384"]
 

@@ -1,4 +1,10 @@
-"""Every shipped configuration is found, opens as the house style wants it, and trains."""
+"""Shipped configurations, which the tests find by their folder.
+
+Every task has one; each opens with what it is, its command and an override, and trains, alone or laid over another; tasks are
+then tested by their metrics. Those of the paper hold the paper's values, and make chooses among them. A configuration that
+extends others gives the settings of those files one after the other, records none of it, and is refused if it extends what is
+not there or itself.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +13,50 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from grit_lightning.cli.program import main
 from grit_lightning.configs import find_config, shipped_configs
+from grit_lightning.datamodules import TASKS
 
-OVERLAYS = ("ablations/fixed_rank", "ablations/no_kfac", "ablations/no_reprojection", "ablations/plain_adapter")
-PROBES = ("probes/forgetting",)
-STRATEGIES = ("strategy/ddp", "strategy/fsdp", "strategy/fsdp2")
-MODELS = ("models/llama3.1_8b", "models/llama3.2_3b", "models/smollm2_cpu")
-TASKS = ("alpaca", "boolq", "dolly", "gsm8k", "qnli")
-PAPER = tuple(f"paper/{task}" for task in TASKS)
-ALL = (*OVERLAYS, *PROBES, *STRATEGIES, *MODELS, *TASKS, *PAPER, "demo")
+from ..datamodules.task_cases import CASES
+
 ROOT = Path(__file__).resolve().parents[2]
+ALL = list(shipped_configs())
 
 
-def test_all_shipped_configs_are_known_here() -> None:
-    assert sorted(shipped_configs()) == sorted(ALL)
-    assert len(shipped_configs()) == 22
+def inside(folder: str) -> list[str]:
+    """Names of the shipped configurations in a folder."""
+    return [name for name in ALL if name.startswith(f"{folder}/")]
 
 
-@pytest.mark.parametrize("name", [*TASKS, *PAPER, "demo"])
+def settings(capsys: pytest.CaptureFixture[str], *configs: str) -> dict[str, Any]:
+    """What the program would run with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", *(f"--config={config}" for config in configs), "--print_config"])
+    parsed: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return parsed
+
+
+def test_all_shipped_configs_are_found_and_tested_here() -> None:
+    """Each task brings one; the others are counted."""
+    folders = ("ablations", "models", "paper", "probes", "shared", "strategy")
+    assert set(TASKS) == set(CASES)
+    assert {name for name in ALL if "/" not in name} == {*CASES, "demo"}
+    assert {name.partition("/")[0] for name in ALL if "/" in name} == set(folders)
+    assert len(ALL) - len(CASES) == 19
+
+
+@pytest.mark.parametrize("name", [*TASKS, *inside("paper"), "demo", *inside("shared")])
 def test_config_trains(
     name: str, on_task: Callable[[str], list[str]], tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = tiny if name == "demo" else on_task(name.rpartition("/")[2])
+    task = name.rpartition("/")[2]
+    words = on_task(task) if task in TASKS else tiny if name == "demo" else ["--data=BoolQDataModule", *tiny]
     main(["fit", "--config", name, *words, "--trainer.fast_dev_run=2"])
     assert "Run finished" in capsys.readouterr().out
     assert [path for path in Path().iterdir() if path.name != "cache"] == []  # fast_dev_run writes nothing
@@ -46,14 +69,7 @@ def test_a_task_is_trained_and_tested_by_its_metrics(task: str, on_task: Callabl
     main(["fit", *words])
     main(["test", *words, "--ckpt_path=run/checkpoints/last.ckpt"])
     metrics = json.loads(Path("run/summary.json").read_text())["metrics"]["after"]
-    expected = {
-        "alpaca": {"rouge1", "rouge2", "rougeL", "bleu"},
-        "boolq": {"accuracy", "f1", "generated_accuracy", "generated_f1", "unmapped"},
-        "dolly": {"rouge1", "rouge2", "rougeL", "bleu"},
-        "gsm8k": {"exact_match", "rouge1", "rouge2", "rougeL"},
-        "qnli": {"accuracy", "f1", "generated_accuracy", "generated_f1", "unmapped"},
-    }[task]
-    assert {f"test/{name}" for name in (*expected, "loss")} <= metrics.keys()
+    assert {f"test/{name}" for name in (*CASES[task].measured, "loss")} <= metrics.keys()
     assert len(Path("run/generations-test.jsonl").read_text().splitlines()) == 8
 
 
@@ -68,10 +84,8 @@ def test_a_task_is_trained_and_tested_by_its_metrics(task: str, on_task: Callabl
 def test_model_overlay_replaces_the_backbone_of_a_task(
     name: str, backbone: str, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--config", "paper/gsm8k", "--config", name, "--print_config"])
-    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-    assert (settings["backbone"], settings["adapter"]["init_args"]["r"]) == (backbone, rank)
+    model = settings(capsys, "paper/gsm8k", name)["model"]["init_args"]
+    assert (model["backbone"], model["adapter"]["init_args"]["r"]) == (backbone, rank)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +105,7 @@ def test_make_lays_a_model_over_a_task(words: str, configs: list[str]) -> None:
     assert ("--seed_everything 41 --output runs/mine" in shown) == ("SEED" in words)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", inside("ablations"))
 def test_overlay_trains_on_top_of_the_demo(name: str, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", "demo", "--config", name, *tiny, "--trainer.fast_dev_run=2"])
     assert "Run finished" in capsys.readouterr().out
@@ -113,15 +127,11 @@ def test_probe_measures_on_top_of_any_config(
     assert ("my loss" in shown) == (not last)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_strategy_overlay_parses_on_top_of_a_task(
-    name: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("name", inside("strategy"))
+def test_strategy_overlay_parses_on_top_of_a_task(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """They are trained in tests/distributed; here every key is one that the strategy takes."""
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", "--config", "paper/boolq", "--config", name, *tiny, "--print_config"])
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["trainer"]["strategy"]["init_args"]["timeout"] in ("0:15:00", "15 minutes", 900.0)
+    strategy = settings(capsys, "paper/boolq", name)["trainer"]["strategy"]
+    assert strategy["init_args"]["timeout"] in ("0:15:00", "15 minutes", 900.0)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -148,20 +158,79 @@ def test_config_opens_with_what_it_is_its_command_and_an_override(name: str) -> 
     ],
 )
 def test_paper_configs_hold_the_papers_values(
-    task: str, length: int, batch: int, steps: int, damping: float, warmup: int
+    capsys: pytest.CaptureFixture[str], task: str, length: int, batch: int, steps: int, damping: float, warmup: int
 ) -> None:
-    config = yaml.safe_load(shipped_configs()[f"paper/{task}"].read_text(encoding="utf-8"))
+    config = settings(capsys, f"paper/{task}")
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     adapter, geometry = model["adapter"]["init_args"], model["geometry"]
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], model["quantization"]) == (16, 16, 0.0, "nf4")
     assert (geometry["kfac_update_freq"], geometry["kfac_min_samples"], geometry["ema_beta"]) == (150, 256, 0.95)
-    assert (geometry["kfac_damping"], geometry.get("ng_warmup_steps", 0)) == (damping, warmup)
+    assert (geometry["kfac_damping"], geometry["ng_warmup_steps"]) == (damping, warmup)
     assert (data["max_length"], data["batch_size"], trainer["accumulate_grad_batches"]) == (length, batch, 4)
     assert (trainer["max_steps"], trainer["max_epochs"], trainer["gradient_clip_val"]) == (steps, -1, 1.0)
     assert (model["lr_scheduler"], model["warmup_fraction"]) == ("cosine", 0.05)
     reprojection, adaptation = (entry["init_args"] for entry in trainer["callbacks"][:2])
     assert (reprojection["every_n_steps"], reprojection["start_step"], reprojection["k"]) == (200, 500, 8)
     assert (adaptation["threshold"], adaptation["min_rank"], adaptation["start_step"]) == (0.90, 4, 500)
+
+
+@pytest.mark.parametrize("name", [*TASKS, *inside("paper")])
+def test_to_extend_a_configuration_is_to_be_laid_over_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(shipped_configs()[name].read_text(encoding="utf-8"))
+    extended = content.pop("extends")
+    Path("rest.yaml").write_text(yaml.safe_dump(content))
+    one, two = settings(capsys, name), settings(capsys, extended, "rest.yaml")
+    assert one == two
+    assert "extends" not in one
+    assert one["model"]["init_args"]["adapter"]["init_args"]["r"] == 16  # which only the extended file says
+
+
+def test_several_are_extended_in_order_and_once_and_lists_are_replaced_or_added_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path("mine")
+    folder.mkdir()
+    (folder / "base.yaml").write_text("extends: demo\nseed_everything: 1\ntrainer: {max_steps: 1}\n")
+    (folder / "one.yaml").write_text("extends: base.yaml\nseed_everything: 2\n")
+    (folder / "two.yaml").write_text("extends: base.yaml\ntrainer:\n  callbacks+: [{class_path: StepTimer}]\n")
+    (folder / "all.yaml").write_text("extends: [one.yaml, two.yaml]\ntrainer: {max_steps: 3}\n")
+    found = settings(capsys, "mine/all.yaml")
+    assert (found["seed_everything"], found["trainer"]["max_steps"]) == (
+        2,
+        3,
+    )  # base.yaml does not come again behind one.yaml
+    names = [callback["class_path"].rpartition(".")[2] for callback in found["trainer"]["callbacks"]]
+    assert names == ["Reprojection", "RankAdaptation", "SpectraLogger", "StepTimer"]
+    (folder / "less.yaml").write_text("extends: all.yaml\ntrainer:\n  callbacks: [{class_path: StepTimer}]\n")
+    assert len(settings(capsys, "mine/less.yaml")["trainer"]["callbacks"]) == 1
+
+
+def test_a_run_records_its_settings_and_not_what_they_extend(tiny: list[str]) -> None:
+    Path("mine.yaml").write_text("extends: demo\ntrainer: {max_steps: 1}\n")
+    main(["fit", "--config=mine.yaml", *tiny])
+    (folder,) = Path("runs").iterdir()
+    assert folder.name == "mine-seed42"  # named after what was given
+    assert "extends" not in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nosuch", r"mine\.yaml extends nosuch: neither a file nor a shipped configuration"),
+        ("extends: other.yaml", r"mine\.yaml extends itself: .*mine\.yaml → .*other\.yaml → .*mine\.yaml"),
+        ("extends: {demo: 1}", r"mine\.yaml: extends is {'demo': 1}, expected the name of a configuration or a list"),
+        ("extends: [demo, 3]", r"mine\.yaml: extends is \['demo', 3\], expected the name"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused_in_one_sentence(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(text)
+    Path("other.yaml").write_text("extends: [mine.yaml]")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config=mine.yaml"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
 
 
 def test_a_file_wins_over_a_shipped_name(tmp_path: Path) -> None:

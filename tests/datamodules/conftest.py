@@ -1,4 +1,4 @@
-"""All five tasks: rows in the hub's exact schema that the tests make themselves, real files where there are some."""
+"""Data modules of every task on folders of generated rows, and on real files where there are some."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grit_lightning.datamodules import (
-    AlpacaDataModule,
-    BoolQDataModule,
-    DollyDataModule,
-    GSM8KDataModule,
-    QNLIDataModule,
-    TaskDataModule,
-)
+from grit_lightning.datamodules import TaskDataModule
+
+from .task_cases import CASES, TaskCase
 
 Rows = list[dict[str, Any]]
 LENGTH = 640  # of the byte tokenizer; the longest prompt of the generated rows has 330 bytes
@@ -39,59 +33,6 @@ LLAMA3 = (
 )
 
 
-@dataclass(frozen=True)
-class TaskCase:
-    """A task, its rows by number, and what is to be learnt from row n."""
-
-    cls: type[TaskDataModule]
-    row: Callable[[int], dict[str, Any]]
-    learnt: Callable[[int], str]
-    required: str  # a column that may not be empty
-    test_on: str  # split that is reported on
-    real: str | None = None  # real file, in the folder of real data
-
-    @property
-    def closed(self) -> bool:
-        return bool(self.cls.choices)
-
-
-def _alpaca(n: int) -> dict[str, Any]:
-    return {"instruction": f"Name {n}.", "input": f"It is {n}." if n % 2 else "", "output": f"Nr. {n}"}
-
-
-def _dolly(n: int) -> dict[str, Any]:
-    text = {"instruction": f"Which is {n}?", "context": f"Nr. {n} is {n}." if n % 2 else "", "response": f"The {n}th."}
-    return text | {"category": "closed_qa" if n % 2 else "open_qa"}
-
-
-def _gsm8k(n: int) -> dict[str, Any]:
-    return {"question": f"What is {n} and 1?", "answer": f"It is {n}+1=<<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}"}
-
-
-CASES = {
-    "alpaca": TaskCase(AlpacaDataModule, _alpaca, lambda n: f"Nr. {n}</s>", "output", "test", "alpaca/alpaca_en_demo.json"),
-    "dolly": TaskCase(DollyDataModule, _dolly, lambda n: f"The {n}th.</s>", "response", "test", "dolly/dolly_sample.jsonl"),
-    "boolq": TaskCase(
-        BoolQDataModule,
-        lambda n: {"question": f"is {n} ice", "passage": f"Body {n} is cold.", "answer": n % 3 > 0},
-        lambda n: " yes" if n % 3 > 0 else " no",
-        "passage",
-        "validation",
-    ),
-    "qnli": TaskCase(
-        QNLIDataModule,
-        lambda n: {"question": f"What is {n}?", "sentence": f"Nr. {n}.", "label": n % 2, "idx": n},
-        lambda n: " no" if n % 2 else " yes",
-        "sentence",
-        "validation",
-        "qnli/dev.tsv",
-    ),
-    "gsm8k": TaskCase(
-        GSM8KDataModule, _gsm8k, lambda n: f" {_gsm8k(n)['answer']}</s>", "question", "test", "gsm8k/test.jsonl"
-    ),
-}  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
@@ -99,7 +40,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cases() -> dict[str, TaskCase]:
-    """The five tasks by name."""
+    """The tasks by name."""
     return CASES
 
 
@@ -111,7 +52,7 @@ def chat_template(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> TaskCase:
-    """Each of the five tasks in turn."""
+    """Each task in turn."""
     return CASES[request.param]
 
 

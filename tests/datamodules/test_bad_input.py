@@ -1,4 +1,8 @@
-"""Every kind of bad input, for every task: the message names the file, the row or line, and the setting to change."""
+"""Bad input, for every task: the message names the file, the row or line, and the setting to change.
+
+Empty fields, unknown labels and rows without room are errors or left out and counted; missing columns, wrong delimiters, cut
+files, an unreachable hub and sources without training rows are errors. Rows are counted in their source, not in the draw.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,10 @@
+"""BoolQ from a folder to batches, and with it what all tasks inherit.
+
+Only the answer is learnt; evaluation batches say which choice is right; the order depends on seed and epoch alone, and two
+processes share the rows; limits draw and missing splits are held out; rows that do not fit or cannot be used are counted, and
+named where they stand in the source; settings that cannot be are refused. A task with free answers learns text and its end.
+"""
+
 from __future__ import annotations
 
 import warnings

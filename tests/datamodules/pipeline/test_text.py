@@ -1,3 +1,5 @@
+"""Normalised text: what looks the same is spelt the same, what carries meaning stays, and it can be switched off."""
+
 from __future__ import annotations
 
 import unicodedata
