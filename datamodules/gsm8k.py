@@ -69,7 +69,7 @@ class GSM8KDataModule(TaskDataModule):
         """Return the column `answer`, which has to end in its number."""
         text = str(row["answer"])
         if not _RESULT.search(text):
-            raise InvalidValueError(f"answer {text[-40:]!r} has no line '#### <number>'")
+            raise InvalidValueError(f"answer: expected a line '#### <number>', got {text[-40:]!r}")
         return text if self.calculator_annotations else _ANNOTATION.sub("", text)
 
     def answer_settings(self) -> dict[str, Any]:

@@ -36,11 +36,11 @@ class MixtureDataModule(ResumableDataModule):
             - class_path: BoolQDataModule
               init_args: {source: data/boolq}
 
-    The rows of a task come in one random order after another, an epoch going on where the last one stopped, so that over
-    the epochs each of them is seen as often as the others. All of it depends on the seed and the epoch only.
+    The rows of a task come in one random order after another, and an epoch goes on where the one before it stopped, so
+    that over the epochs each row is seen as often as the others. All of this depends on the seed and the epoch only.
 
     Attributes:
-        tasks: The data modules by name: the task's in small letters, with a number from the second of a kind on.
+        tasks: The data modules by name: the task's in lower case, with a number from the second of a kind on.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MixtureDataModule(ResumableDataModule):
                 evaluation, and all have to pack or none.
             weights: Share of the rows that each task gives; None for its number of rows.
             rows_per_epoch: Rows of an epoch; None for as many as all tasks have together.
-            batch_size: Training rows a batch.
+            batch_size: Training rows per batch.
             num_workers: Data-loader processes of the training loader.
             seed: Determines the order of the rows, in place of the tasks' own seeds.
 
@@ -71,10 +71,12 @@ class MixtureDataModule(ResumableDataModule):
         super().__init__()
         if not tasks or (weights is not None and (len(weights) != len(tasks) or min(weights) <= 0)):
             raise InvalidValueError(
-                f"Expected tasks and one positive weight for each, got {len(tasks)} tasks and {weights}."
+                f"tasks and weights: expected tasks and one positive weight for each, got {len(tasks)} tasks and {weights}."
             )
         if min(batch_size, 1 if rows_per_epoch is None else rows_per_epoch) < 1:
-            raise InvalidValueError(f"Expected numbers of at least 1, got {batch_size=}, {rows_per_epoch=}.")
+            raise InvalidValueError(
+                f"batch_size and rows_per_epoch: expected numbers of at least 1, got {batch_size=}, {rows_per_epoch=}."
+            )
         self.weights = weights
         self.rows_per_epoch = rows_per_epoch
         self.batch_size = batch_size
@@ -87,7 +89,9 @@ class MixtureDataModule(ResumableDataModule):
             self._add(task)
         if len({task.packing for task in self.tasks.values()}) > 1:
             packs = {name: task.packing for name, task in self.tasks.items()}
-            raise InvalidValueError(f"Either all tasks of a mixture pack or none, got packing={packs}.")
+            raise InvalidValueError(
+                f"tasks: expected that all of them pack or none, got packing={packs}. Set packing alike in each."
+            )
 
     def _add(self, task: TaskDataModule) -> None:
         name = task.task_name.lower()
@@ -109,20 +113,20 @@ class MixtureDataModule(ResumableDataModule):
             task.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Set up all tasks; raises what they raise."""
+        """Set up all tasks; raise what they raise."""
         for task in self._attach_tasks():
             task.setup(stage)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return one loader a task."""
+        """Return one loader per task."""
         return [task.val_dataloader() for task in self._attach_tasks()]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Return one loader a task."""
+        """Return one loader per task."""
         return [task.test_dataloader() for task in self._attach_tasks()]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return one loader a task, in the order of its source."""
+        """Return one loader per task, in the order of its source."""
         return [task.predict_dataloader() for task in self._attach_tasks()]
 
     def _attach_tasks(self) -> Sequence[TaskDataModule]:

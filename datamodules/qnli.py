@@ -36,7 +36,10 @@ class QNLIDataModule(TaskDataModule):
         words = {"0": "yes", "entailment": "yes", "1": "no", "not_entailment": "no"}
         value = str(row["label"]).strip().lower()
         if value == "-1":
-            raise InvalidValueError("label -1 marks a row of GLUE's test split, whose labels are not public")
+            raise InvalidValueError(
+                "label: expected 0/1 or entailment/not_entailment, got -1, which marks a row of GLUE's test split, whose "
+                "labels are not public"
+            )
         if value not in words:
-            raise InvalidValueError(f"label {row['label']!r} is none of 0/1, entailment/not_entailment")
+            raise InvalidValueError(f"label: expected 0/1 or entailment/not_entailment, got {row['label']!r}")
         return words[value]

@@ -24,7 +24,7 @@ Status = Literal["whole", "truncated", "too_long", "invalid"]
 """How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""
 
 CHAT_DATE = "26 Jul 2024"
-"""The day that Llama 3's chat template writes into every prompt; its own default, where today's would change the data."""
+"""The day that Llama 3's chat template writes into every prompt: its own default, as today's date would change the data."""
 
 
 class EncodedRow(NamedTuple):
@@ -43,7 +43,7 @@ class PromptEncoder:
         tokenizer: Tokenizer of the backbone.
         template: How a row is written.
         max_length: Upper bound on prompt plus answer, in tokens.
-        use_chat_template: Wrap the prompt into the tokenizer's chat template as a user turn; the answer then opens the
+        use_chat_template: Wrap the prompt in the tokenizer's chat template as a user turn; the answer then opens the
             assistant's turn and loses its leading space.
         append_eos: Learn the end-of-sequence token after the answer (needed where answers are generated freely).
     """
@@ -62,13 +62,13 @@ class PromptEncoder:
         """
         if self.use_chat_template and not self.tokenizer.chat_template:
             raise InvalidValueError(
-                f"use_chat_template=True, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template. "
-                "Use the instruct variant of the backbone or set use_chat_template=False."
+                f"use_chat_template: expected a tokenizer with a chat template, got {self.tokenizer.name_or_path!r}, which has "
+                "none. Use the instruct variant of the backbone, or set use_chat_template to false."
             )
         if self.max_length > self.tokenizer.model_max_length:
             raise InvalidValueError(
-                f"max_length={self.max_length} exceeds the {self.tokenizer.model_max_length} tokens that the tokenizer "
-                f"{self.tokenizer.name_or_path!r} allows. Lower max_length."
+                f"max_length: expected at most the {self.tokenizer.model_max_length} tokens that the tokenizer "
+                f"{self.tokenizer.name_or_path!r} allows, got {self.max_length}. Lower it."
             )
 
     def encode(self, rows: Sequence[Mapping[str, str]], answers: Sequence[str]) -> list[EncodedRow]:
@@ -129,7 +129,8 @@ class PromptEncoder:
         ids = self.answer_ids(choices, append_eos=False)
         if len({tuple(tokens) for tokens in ids}) < len(ids) or not all(ids):
             raise InvalidValueError(
-                f"The tokenizer {self.tokenizer.name_or_path!r} does not tell the answers {list(choices)} apart: {ids}."
+                f"choices: expected token ids of its own for each of {list(choices)}, got {ids} from the tokenizer "
+                f"{self.tokenizer.name_or_path!r}. Change the choices, or set another tokenizer."
             )
         return pad([torch.tensor(tokens) for tokens in ids], IGNORED, "right")
 

@@ -45,8 +45,8 @@ def bucketed(order: Sequence[int], lengths: Sequence[int], size: int, window: in
 def mixed(sizes: Sequence[int], shares: Sequence[int], seed: int, epoch: int) -> list[int]:
     """Draw the rows of an epoch from several tables, so many from each.
 
-    Each table is read through in one random order after another, and an epoch goes on where the one before stopped: over
-    the epochs, no row of a table is drawn twice more often than another.
+    Each table is read through in one random order after another, and an epoch goes on where the one before it stopped:
+    over the epochs, the draws of any two rows of a table differ by at most one.
 
     Args:
         sizes: Rows of each table.
@@ -87,7 +87,7 @@ def shares(weights: Sequence[float], rows: int) -> list[int]:
 
 
 def _mix(*numbers: int) -> int:
-    """Make one seed out of several numbers, such that neighbours share no stream."""
+    """Make one seed out of several numbers, so that neighbouring numbers share no random stream."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63

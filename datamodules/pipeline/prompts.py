@@ -69,15 +69,13 @@ class PromptTemplate:
             path = Path(source).expanduser()
         if not path.is_file():
             shipped = ", ".join(shipped_templates())
-            raise MissingFileError(
-                f"No prompt template {source!r}. Set `template` to the path of a YAML file or to one of: {shipped}."
-            )
+            raise MissingFileError(f"template: expected the path of a YAML file, or one of {shipped}, got {source!r}.")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         known = set(cls.__dataclass_fields__) - {"name"}
         if not isinstance(content, dict) or "prompt" not in content or not set(content) <= known:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise InvalidValueError(
-                f"{path}: expected a mapping with `prompt` and any of {sorted(known)}, found {found}."
+                f"{path}: expected a mapping with `prompt` and any of {sorted(known)}, got {found}."
             )
         return cls(**content, name=str(path))
 
@@ -94,10 +92,12 @@ class PromptTemplate:
         used |= {*self.prompt_without, *([self.truncate] if self.truncate else [])}
         if unknown := sorted(used - set(columns)):
             raise InvalidValueError(
-                f"Template {self.name} names {unknown}; the columns of the task are {sorted(columns)}."
+                f"Template {self.name}: expected columns of the task, {sorted(columns)}, got {unknown}. Change the template."
             )
         if _placeholders(self.answer) != {"answer"}:
-            raise InvalidValueError(f"Template {self.name}: `answer` must hold {{answer}} and nothing else in braces.")
+            raise InvalidValueError(
+                f"Template {self.name}: expected {{answer}} and nothing else in braces in `answer`, got {self.answer!r}."
+            )
 
     def render(self, row: Mapping[str, str]) -> str:
         r"""Write the prompt of a row.

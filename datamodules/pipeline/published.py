@@ -18,7 +18,7 @@ class PublishedSplit:
     """A split as it was published.
 
     Attributes:
-        rows: Number of rows, by the set's own card.
+        rows: Number of rows, according to the data set's own card.
         sha256: Hash of each column that was computed from a complete copy; no other column is checked.
     """
 
@@ -27,7 +27,7 @@ class PublishedSplit:
 
 
 def column_hash(table: datasets.Dataset, column: str) -> str:
-    """Return the SHA-256 of a column: of its values as JSON, in order, one a line, without their surrounding whitespace."""
+    """Return the SHA-256 of a column: its values in order as lines of JSON, without surrounding whitespace."""
     digest = hashlib.sha256()
     for batch in table.select_columns([column]).iter(1000):
         for value in batch[column]:

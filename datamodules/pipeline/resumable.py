@@ -1,4 +1,4 @@
-"""Training batches that go on in the middle of an epoch, with the next batch and without reading those before it.
+"""Training batches that resume in the middle of an epoch, with the next batch and without reading those before it.
 
 Lightning writes `state_dict()` of the training loader into every checkpoint, and hands it back before the first batch.
 """
@@ -108,9 +108,9 @@ class ResumableLoader(DataLoader[Any]):
                 if state_dict["order"].get(name) != value
             ]
             raise InvalidValueError(
-                f"The checkpoint was written after {state_dict['batches']} of {state_dict['of']} batches of epoch "
-                f"{state_dict['epoch']}, and the rest of that epoch would now be other rows: {', '.join(changes)}. Set them "
-                "back, or resume from a checkpoint written at the end of an epoch."
+                f"Resuming after {state_dict['batches']} of {state_dict['of']} batches of epoch {state_dict['epoch']}: "
+                f"expected the rows of the run that wrote the checkpoint, got others for the rest of that epoch: "
+                f"{', '.join(changes)}. Set these back, or resume from a checkpoint written at the end of an epoch."
             )
         self._resumed = dict(state_dict)
 
@@ -128,7 +128,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class ResumableDataModule(LightningDataModule, ABC):
-    """A data module whose training goes on in the middle of an epoch."""
+    """A data module whose training can resume in the middle of an epoch."""
 
     def __init__(self) -> None:
         """Begin with nothing to resume."""

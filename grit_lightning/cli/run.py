@@ -1,4 +1,4 @@
-"""`grit fit|validate|test|predict`: a LightningCLI over any module, data and callbacks, with one folder a run.
+"""`grit fit|validate|test|predict`: a LightningCLI over any module, data and callbacks, with one folder per run.
 
 Settings come from, in rising order: defaults, `--config` files in the order given, the model settings inside the
 checkpoint of `--ckpt_path`, the other command-line options. A run writes into one folder, `--output`.
@@ -147,7 +147,7 @@ class GritCLI(LightningCLI):
         """
         checkpoint = self._settings.get("ckpt_path")
         if checkpoint and checkpoint.endswith(".ckpt") and not Path(checkpoint).exists():
-            raise MissingFileError(f"--ckpt_path {checkpoint} does not exist.")
+            raise MissingFileError(f"--ckpt_path: expected a checkpoint, got {checkpoint}, which does not exist.")
         self._name_once()
         self.folder = self._choose_folder()
         self.files_before = set(run_files(self.folder))
@@ -190,7 +190,7 @@ class GritCLI(LightningCLI):
         return trainer
 
     def _loggers(self, given: Any) -> list[Logger]:
-        """TensorBoard unless other loggers are configured, and always metrics.jsonl; none for `logger: false`."""
+        """Return the configured loggers, else TensorBoard's, and that of metrics.jsonl; none for `logger: false`."""
         if given is False:
             return []
         own = TensorBoardLogger(self.folder, name="", version="", default_hp_metric=False)
@@ -224,14 +224,14 @@ class GritCLI(LightningCLI):
         seed = self._settings.seed_everything
         if not isinstance(seed, bool) and data.get("seed", seed) != seed:
             raise InvalidValueError(
-                f"data.seed is {data['seed']}, but data take the seed of the run: set seed_everything."
+                f"data.seed: expected the seed of the run, {seed}, got {data['seed']}. Set seed_everything instead."
             )
 
     def _leave_out_callbacks(self) -> None:
         configured = _as_list(self._settings.trainer.callbacks)
         names = [callback.class_path.rpartition(".")[2] for callback in configured]
         if unknown := sorted(set(self._settings.without) - set(names)):
-            raise InvalidValueError(f"--without {unknown}: no such callback is configured. Configured are {names}.")
+            raise InvalidValueError(f"--without: expected names of configured callbacks, {names}, got {unknown}.")
         pairs = zip(configured, names, strict=True)
         self._settings.trainer.callbacks = [callback for callback, name in pairs if name not in self._settings.without]
 

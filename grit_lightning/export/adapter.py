@@ -1,4 +1,4 @@
-"""Turns a trained checkpoint into files that plain PEFT or transformers load: a compacted adapter, or a merged model."""
+"""Turn a trained checkpoint into files that plain PEFT or transformers load: a compacted adapter, or a merged model."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def export_adapter(
         FileNotFoundError: There is no such checkpoint, or no backbone to merge into.
         FileExistsError: `output` is not empty.
         NotADirectoryError: `output` is a file.
-        OSError: `output` cannot be written, or the backbone not be read.
-        ValueError: The checkpoint cannot be read, is none of GRIT, was never trained, or its adapter cannot be compacted.
+        OSError: `output` cannot be written, or the backbone cannot be read.
+        ValueError: The checkpoint cannot be read, is not one of GRIT, was never trained, or its adapter cannot be compacted.
         RuntimeError: The module's model is not built yet.
     """
     folder = require_free_folder(Path(output))
@@ -67,9 +67,8 @@ def export_adapter(
         if merge:
             _write_merged(source, trained, adapter, unfinished)
         else:
-            content = save(
-                adapter.tensors, metadata={"format": "pt"}
-            )  # a file of save_file is only its owner's to read
+            # not save_file, whose files only their owner may read
+            content = save(adapter.tensors, metadata={"format": "pt"})
             (unfinished / "adapter_model.safetensors").write_bytes(content)
             adapter.config.save_pretrained(str(unfinished))
         text = card(adapter, folder.name, backbone, trained.loading, trained.notes, trained.steps, merged=merge)
@@ -109,11 +108,13 @@ def _from_checkpoint(path: Path) -> _Trained:
     saved = content.get(CHECKPOINT_KEY)
     settings = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
     if saved is None or "adapter" not in settings:
-        raise InvalidValueError(f"{path} is no checkpoint of GritLitModule: it holds {sorted(map(str, content))}.")
+        raise InvalidValueError(
+            f"{path}: expected a checkpoint of GritLitModule, got a file with {sorted(map(str, content))}. Take another one."
+        )
     require_format(saved["format_version"], str(path))
     if content["global_step"] == 0:
         raise InvalidValueError(
-            f"{path} was never trained: it was written at optimizer step 0. Export a checkpoint of a later step."
+            f"{path}: expected a trained adapter, got one of optimizer step 0. Export a checkpoint of a later step."
         )
     state = content["state_dict"].items()
     return _Trained(
@@ -148,8 +149,8 @@ def _write_merged(
         backbone = load_backbone(trained.backbone, **loading)
     else:
         raise InvalidValueError(
-            "The checkpoint names no backbone, since the model was given in memory. Merge from the module: "
-            "export_adapter(module, output, merge=True)."
+            "The checkpoint: expected the name of a backbone to merge into, got none, since the model was given in memory. "
+            "Merge from the module: export_adapter(module, output, merge=True)."
         )
     merged = _merge(_as_dense(backbone), adapter)
     merged.config.use_cache = True  # training had switched it off
@@ -165,7 +166,7 @@ def _as_dense(backbone: PreTrainedModel) -> PreTrainedModel:
     method = packing.get("quant_method") if isinstance(packing, Mapping) else packing.quant_method
     if str(getattr(method, "value", method)) != "gguf":
         return backbone.dequantize()
-    del backbone.config.quantization_config  # unpacked when it was loaded; saving refuses the remark
+    del backbone.config.quantization_config  # unpacked when it was loaded; with this entry saving refuses
     return backbone
 
 
@@ -176,7 +177,8 @@ def _merge(backbone: PreTrainedModel, adapter: CompactAdapter) -> PreTrainedMode
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise InvalidValueError(
-            f"The adapter does not fit the backbone: {[*missing, *result.unexpected_keys][:3]} differ."
+            f"The adapter: expected parameters that fit the backbone, got {[*missing, *result.unexpected_keys][:3]}, which do "
+            "not. Merge into the backbone that it was trained on."
         )
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     return merged

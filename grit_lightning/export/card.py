@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})"""
 
 @dataclass(frozen=True)
 class RunNotes:
-    """What a run's folder tells about an adapter.
+    """What a run's folder says about an adapter.
 
     Attributes:
         config: Content of config.yaml, empty if there is none.
@@ -76,7 +76,7 @@ def card(
         adapter: What is exported.
         name: Name of the folder.
         backbone: What the model was loaded from; its location is empty if it was given in memory.
-        loading: How it was loaded: `revision` and `quantization` are told.
+        loading: How it was loaded: `revision` and `quantization` are mentioned.
         notes: What is known of the run.
         steps: Optimizer steps behind the exported weights, None if unknown.
         merged: Whether the adapter was merged into the backbone.

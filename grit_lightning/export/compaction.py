@@ -1,4 +1,4 @@
-"""Slices a trained LoRA adapter to its effective ranks: the same function with fewer parameters.
+"""Slice a trained LoRA adapter to its effective ranks: the same function with fewer parameters.
 
 ```text
     allocated r                    exported k            ΔW = scaling · B A
@@ -96,12 +96,12 @@ def compact(
         wanted = (effective_ranks or {}).get(_SITE_PREFIX + layer, len(a))
         if ranks[layer] > wanted:
             raise InvalidValueError(
-                f"Layer '{layer}' has effective rank {wanted}, but B is not zero in column {ranks[layer]}: the checkpoint "
-                "contradicts itself, and slicing it would change the model."
+                f"Layer '{layer}': expected zeros in B beyond its effective rank {wanted}, got a column {ranks[layer]} that "
+                "is not zero. The checkpoint contradicts itself, and slicing would change the model: export another one."
             )
     if not any(ranks.values()):
         raise InvalidValueError(
-            "The adapter was never trained: every B is zero, so it changes nothing. Export a checkpoint that was written "
+            "The adapter: expected trained weights, got a B of zeros in every layer. Export a checkpoint that was written "
             "after at least one optimizer step with a learning rate above zero."
         )
 
@@ -143,20 +143,20 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
 def _require_plain_lora(config: PeftConfig) -> LoraConfig:
     if type(config) is not LoraConfig:
         raise InvalidValueError(
-            f"Only LoRA adapters can be compacted, this one is {type(config).__name__} ({config.peft_type}). Save it with "
-            "module.model.save_pretrained(folder)."
+            f"The adapter: expected LoRA, which alone can be compacted, got {type(config).__name__} ({config.peft_type}). "
+            "Save it with module.model.save_pretrained(folder)."
         )
     fields: Mapping[str, Any] = vars(config)
     for name in ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices"):
         if fields.get(name):
             raise InvalidValueError(
-                f"Adapters with {name} cannot be compacted: slicing A and B would change the model. Train with "
-                f"{name} switched off, or save the adapter as it is with module.model.save_pretrained(folder)."
+                f"adapter.{name}: expected it switched off, since slicing A and B would change the model, got "
+                f"{fields[name]!r}. Train without it, or save the adapter as it is with module.model.save_pretrained(folder)."
             )
     if config.init_lora_weights not in _PLAIN_INITIALISATIONS:
         raise InvalidValueError(
-            f"init_lora_weights={config.init_lora_weights!r} moves a part of the backbone into the adapter, so the sliced "
-            f"adapter does not fit the original backbone. Expected one of {_PLAIN_INITIALISATIONS}."
+            f"adapter.init_lora_weights: expected one of {_PLAIN_INITIALISATIONS}, got {config.init_lora_weights!r}, which "
+            "moves a part of the backbone into the adapter: sliced, it would not fit the original backbone."
         )
     return config
 
@@ -175,17 +175,19 @@ def _sort(trained: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor
             unsupported.append(name)
     if unsupported or not sides["A"]:
         raise InvalidValueError(
-            f"Only linear LoRA layers and modules_to_save can be exported, but {len(unsupported)} of {len(trained)} trained "
-            f"parameters belong to something else (embedding adapters, DoRA magnitudes, biases …): {unsupported[:3]}. "
-            "Remove it from the adapter's configuration."
+            f"The adapter: expected linear LoRA layers and modules_to_save, got {len(unsupported)} of {len(trained)} trained "
+            f"parameters of another kind (embedding adapters, DoRA magnitudes, biases …): {unsupported[:3]}. "
+            "Take these out of the adapter's configuration."
         )
     if sides["A"].keys() != sides["B"].keys():
         lonely = sorted(sides["A"].keys() ^ sides["B"].keys())
-        raise InvalidValueError(f"Expected A and B of every layer, but only one of them was trained in {lonely[:3]}.")
+        raise InvalidValueError(
+            f"The adapter: expected A and B of every layer, got only one of them in {lonely[:3]}. Export another checkpoint."
+        )
     if infinite := [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]:
         raise InvalidValueError(
-            f"{len(infinite)} trained parameters hold NaN or infinity, first {infinite[0]}: the training diverged. "
-            "Export an earlier checkpoint."
+            f"The adapter: expected finite weights, got NaN or infinity in {len(infinite)} trained parameters, first "
+            f"{infinite[0]}. The training diverged: export an earlier checkpoint."
         )
     return {layer: (a, sides["B"][layer]) for layer, a in sides["A"].items()}, others
 
@@ -207,7 +209,7 @@ def _compact_config(
     result.rank_pattern = {_whole(layer): rank for layer, rank in ranks.items() if rank != result.r}
     result.alpha_pattern = {_whole(layer): alpha for layer, alpha in alphas.items() if alpha != result.lora_alpha}
     result.inference_mode = True
-    # how A and B began is settled, and running a data-driven initialisation again would only cost time
+    # how A and B were initialised no longer matters, and a data-driven initialisation would only cost time again
     result.init_lora_weights, result.eva_config = True, None
     if empty:
         names = "|".join(re.escape(layer) for layer in empty)

@@ -22,7 +22,7 @@ from grit_lightning.runs.values import to_json
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file, and have it on disk before it gets its name.
+    """Write a file, and flush it to disk before it gets its name.
 
     Args:
         path: Final name; missing folders are made.
@@ -61,7 +61,7 @@ def point_to(link: Path, name: str) -> None:
     unfinished.unlink(missing_ok=True)
     try:
         os.symlink(name, unfinished)
-    except OSError:  # Windows allows it to few users only
+    except OSError:  # Windows lets only few users make one
         shutil.copy(link.with_name(name), unfinished)
     os.replace(unfinished, link)
     _sync_names(link.parent)
@@ -79,15 +79,19 @@ def require_free_folder(folder: Path) -> Path:
     """
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
-        raise NotAFolderError(f"Expected an empty or a new folder, but {folder} is a file. Choose another --output.")
+        raise NotAFolderError(
+            f"--output: expected a new or an empty folder, got {folder}, which is a file. Choose another."
+        )
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileTakenError(f"Expected an empty or a new folder, but {folder} is not empty. Choose another --output.")
+        raise FileTakenError(
+            f"--output: expected a new or an empty folder, got {folder}, which is not empty. Choose another."
+        )
     return folder
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `folder`, missing parents included, when the block ends without error.
+    """Yield a folder to write into, which becomes `folder`, missing parents included, when the block ends without error.
 
     Raises:
         OSError: Nothing can be written there.
@@ -98,7 +102,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".unfinished", dir=home)
     except OSError as error:
         raise FileAccessError(
-            f"Cannot write into {home}: {error.strerror}. Choose another --output, or change its permissions."
+            f"--output: expected a folder that can be written, got {home}: {error.strerror}. Choose another, or change its "
+            "permissions."
         ) from error
     with scratch:
         unfinished = Path(scratch.name) / new
@@ -112,7 +117,7 @@ def _unfinished(path: Path) -> Path:
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder on disk, where the system can."""
+    """Flush the names in a folder to disk, where the system can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

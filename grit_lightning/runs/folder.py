@@ -29,18 +29,20 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def require_free(folder: Path) -> None:
-    """Check that no run would be written over.
+    """Check that no run would be overwritten.
 
     Raises:
         FileExistsError: The folder already holds a run.
         NotADirectoryError: It is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotAFolderError(f"Expected a folder to create or fill, but {folder} is a file. Choose another --output.")
+        raise NotAFolderError(
+            f"--output: expected a folder to create or fill, got {folder}, which is a file. Choose another."
+        )
     if found := [path.name for path in run_files(folder)]:
         raise FileTakenError(
-            f"The output folder {folder} already holds a run ({', '.join(found)}). Choose another "
-            "--output, replace the run with --overwrite, or resume it with "
+            f"--output: expected a folder without a run, got {folder}, which already holds one ({', '.join(found)}). Choose "
+            "another, replace the run with --overwrite, or resume it with "
             f"--ckpt_path {folder / CHECKPOINTS / 'last.ckpt'}."
         )
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every logged metric as one line of JSON that any tool reads."""
+"""metrics.jsonl: every logged metric, in lines of JSON that any tool can read."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class JSONLinesLogger(Logger):
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise InvalidValueError(
-                    f"Expected a JSON object with a step on line {number} of {self.path}, got {line[:80]!r}. "
+                    f"{self.path}, line {number}: expected a JSON object with a step, got {line[:80]!r}. "
                     "Move the file away, or choose another run folder."
                 ) from error
             if logged is None or logged <= step:

@@ -6,10 +6,10 @@ import lightning.pytorch as pl
 
 
 def is_dev_run(trainer: pl.Trainer) -> bool:
-    """Whether this is `fast_dev_run`, which tries everything out and leaves nothing behind; the same on every process."""
+    """Return whether this is `fast_dev_run`, which tries everything and leaves nothing behind; the same on every process."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
 
 
 def writes_files(trainer: pl.Trainer) -> bool:
-    """Whether this process writes: it is rank zero, of neither `fast_dev_run` nor a barebones Trainer."""
+    """Return whether this process writes: it is rank zero, and the Trainer is neither in `fast_dev_run` nor barebones."""
     return trainer.is_global_zero and not trainer.barebones and not is_dev_run(trainer)

@@ -123,7 +123,7 @@ def test_a_taken_folder_is_refused_and_left_alone(grit: Grit, capsys: pytest.Cap
     with pytest.raises(SystemExit) as stopped:
         grit("fit", "--output=a")
     assert stopped.value.code == 1
-    assert "a already holds a run (" in capsys.readouterr().err
+    assert "a, which already holds one (" in capsys.readouterr().err
     assert contents("a") == before
 
 
@@ -156,7 +156,7 @@ def test_resuming_into_another_runs_folder_is_refused(
     shutil.copytree(trained, "b")
     with pytest.raises(SystemExit):
         grit("fit", "--output=b", "--ckpt_path=a/checkpoints/last.ckpt", "--trainer.max_steps=6")
-    assert "b already holds a run" in capsys.readouterr().err
+    assert "b, which already holds one (" in capsys.readouterr().err
 
 
 @COPIED
@@ -283,11 +283,11 @@ def test_any_peft_config_trains(
         (("--trainer.callbacks=[{class_path: Reprojection, init_args: {k: 17}}]",), "adapter's rank is 16"),
         (("--model.geometry=null",), "Reprojection needs the rank-space geometry"),
         (("--data.max_length=129",), "129"),
-        (("--data.source=nowhere",), "'nowhere' does not exist"),
+        (("--data.source=nowhere",), "got 'nowhere', which does not exist"),
         (("--data.columns={question: missing}",), "missing"),
-        (("--without=[Nonesuch]",), "Configured are ['Reprojection', 'RankAdaptation', 'SpectraLogger']"),
-        (("--ckpt_path=nowhere.ckpt",), "--ckpt_path nowhere.ckpt does not exist"),
-        (("--data.seed=3",), "set seed_everything"),
+        (("--without=[Nonesuch]",), "callbacks, ['Reprojection', 'RankAdaptation', 'SpectraLogger'], got ['Nonesuch']"),
+        (("--ckpt_path=nowhere.ckpt",), "--ckpt_path: expected a checkpoint, got nowhere.ckpt, which does not exist"),
+        (("--data.seed=3",), "data.seed: expected the seed of the run, 42, got 3. Set seed_everything"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
@@ -314,7 +314,7 @@ def test_an_unknown_config_lists_the_shipped_ones(capsys: pytest.CaptureFixture[
         main(["fit", "--config=nosuch"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "--config nosuch: neither a file nor a shipped configuration" in error
+    assert "--config nosuch: expected a file or one of the shipped configurations, " in error
     assert len(error.splitlines()) <= 4
 
 

@@ -241,5 +241,5 @@ def test_a_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nosuch.*ablations/fixed_rank, .*, demo"):
+    with pytest.raises(FileNotFoundError, match=r"nosuch: expected .*, ablations/fixed_rank, .*, demo.*, got neither"):
         find_config("nosuch")

@@ -113,13 +113,16 @@ def test_a_limit_and_an_unknown_task(
     monkeypatch.setattr(shipped, "TaskManager", OwnTasks)
     with pytest.raises(SystemExit):
         main([*words, "--tasks", "chose"])
-    assert "--tasks chose: lm-evaluation-harness knows no such task" in capsys.readouterr().err
+    assert "--tasks: expected tasks that lm-evaluation-harness knows, got chose." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--adapter=nowhere"], "nowhere holds no adapter_config.json"),
+        (
+            ["--adapter=nowhere"],
+            "--adapter: expected a folder with adapter_config.json, as `grit export` writes it, got nowhere,",
+        ),
         (["--ckpt_path=nowhere.ckpt"], "expected a file, got nowhere.ckpt, which does not exist"),
     ],
 )

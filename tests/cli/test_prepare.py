@@ -74,7 +74,7 @@ def test_a_changed_copy_ends_with_status_1(
 def test_a_folder_that_is_not_empty_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["prepare", "--task", "gsm8k", "--source", str(source), "--output", str(source)])
-    assert "is not empty. Choose another --output" in capsys.readouterr().err
+    assert "which is not empty. Choose another" in capsys.readouterr().err
 
 
 def test_without_a_network_it_says_what_to_download(capsys: pytest.CaptureFixture[str]) -> None:

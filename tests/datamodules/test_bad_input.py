@@ -39,7 +39,8 @@ def test_an_empty_field_is_named_or_the_row_skipped_and_counted(
     path = spoilt(case, tmp_path, write_jsonl, **{case.required: value})
     settings = {"source": str(path), "holdout": 0.25}
     with pytest.raises(
-        ValueError, match=rf"train\.jsonl\), row 5: column '{case.required}' is empty.*invalid_rows=skip"
+        ValueError,
+        match=rf"train\.jsonl\), row 5: column '{case.required}': expected a value, got an empty field.*invalid_rows=skip",
     ):
         make(case, **settings, invalid_rows="error").setup()
     module = make(case, **settings, invalid_rows="skip")
@@ -59,10 +60,14 @@ def test_rows_of_instructions_without_an_answer_are_skipped_by_default_and_other
 @pytest.mark.parametrize(
     ("task", "values", "message"),
     [
-        ("boolq", {"answer": "maybe"}, r"answer 'maybe' is none of true/false, yes/no, 1/0"),
-        ("qnli", {"label": "2"}, r"label '2' is none of 0/1, entailment/not_entailment"),
-        ("qnli", {"label": "-1"}, r"label -1 marks a row of GLUE's test split, whose labels are not public"),
-        ("gsm8k", {"answer": "It is five."}, r"answer 'It is five.' has no line '#### <number>'"),
+        ("boolq", {"answer": "maybe"}, r"answer: expected true/false, yes/no or 1/0, got 'maybe'"),
+        ("qnli", {"label": "2"}, r"label: expected 0/1 or entailment/not_entailment, got '2'"),
+        (
+            "qnli",
+            {"label": "-1"},
+            r"label: expected .*, got -1, which marks a row of GLUE's test split, whose labels",
+        ),
+        ("gsm8k", {"answer": "It is five."}, r"answer: expected a line '#### <number>', got 'It is five.'"),
     ],
 )
 def test_an_unknown_label_is_named_or_the_row_skipped(
@@ -91,7 +96,10 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(
 
 
 def test_if_no_row_has_room_for_its_answer_it_is_an_error(case: TaskCase, make: Make) -> None:
-    with pytest.raises(ValueError, match=r"left out, .*max_length=9.*No row is left with an answer.*raise max_length"):
+    with pytest.raises(
+        ValueError,
+        match=r"left out, .*max_length=9.*Expected at least one row with an answer to learn, got none. Raise max_length",
+    ):
         make(case, max_length=9).setup("fit")
 
 
@@ -100,7 +108,7 @@ def test_a_missing_column_is_named_with_those_found(
 ) -> None:
     rows = [{("other" if column == case.required else column): v for column, v in row.items()} for row in rows_of(case)]
     with pytest.raises(
-        ValueError, match=rf"train\.jsonl\): column '{case.required}' is missing; found \[.*'other'.*`columns`"
+        ValueError, match=rf"train\.jsonl\): expected '{case.required}' among the columns, got \[.*'other'.*`columns`"
     ):
         make(case, source=str(write_jsonl(tmp_path / "train.jsonl", rows))).setup("fit")
 
@@ -115,7 +123,7 @@ def test_a_wrong_delimiter_is_recognised(case: TaskCase, make: Make, tmp_path: P
 def test_a_truncated_line_is_named(case: TaskCase, make: Make, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows_of(case))[:-9])
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 8: not valid JSON \(.*\), possibly truncated"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 8: expected valid JSON, got .*, possibly truncated"):
         make(case, source=str(path)).setup("fit")
 
 
@@ -134,7 +142,8 @@ def test_a_source_without_training_rows_is_refused(
 ) -> None:
     path = write_jsonl(tmp_path / "dev.jsonl", rows_of(case))
     with pytest.raises(
-        FileNotFoundError, match=r"train data \(.*dev\.jsonl\): there is no such split. Change `source`"
+        FileNotFoundError,
+        match=r"train data \(.*dev\.jsonl\): expected a source with this split .*, got one without. Change `source`",
     ):
         make(case, source=str(path)).setup("fit")
 
@@ -145,5 +154,5 @@ def test_a_row_is_counted_in_its_source_not_in_the_draw(
     rows = rows_of(cases["gsm8k"], 40)
     rows[30]["answer"] = "thirty-one"
     path = write_jsonl(tmp_path / "test.jsonl", rows)
-    with pytest.raises(ValueError, match=r"row 31: answer 'thirty-one'"):
+    with pytest.raises(ValueError, match=r"row 31: answer: expected .*, got 'thirty-one'"):
         make(cases["gsm8k"], source=str(path), test_limit=39, seed=0).setup("test")

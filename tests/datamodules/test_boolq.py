@@ -222,7 +222,8 @@ def test_rows_without_room_for_an_answer_are_dropped_and_counted(
 
 def test_if_no_row_has_room_for_its_answer_it_is_an_error(boolq: Callable[..., BoolQDataModule]) -> None:
     with pytest.raises(
-        ValueError, match=r"12 left out, .*max_length=16.*No row is left with an answer.*raise max_length"
+        ValueError,
+        match=r"12 left out, .*max_length=16.*Expected at least one row with an answer to learn, got none. Raise max_length",
     ):
         boolq(max_length=16).setup("fit")
 
@@ -230,9 +231,9 @@ def test_if_no_row_has_room_for_its_answer_it_is_an_error(boolq: Callable[..., B
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"answer": "maybe"}, r"row 5: answer 'maybe' is none of true/false"),
-        ({"answer": None}, r"row 5: column 'answer' is empty"),
-        ({"passage": " "}, r"row 5: column 'passage' is empty"),
+        ({"answer": "maybe"}, r"row 5: answer: expected true/false, yes/no or 1/0, got 'maybe'"),
+        ({"answer": None}, r"row 5: column 'answer': expected a value, got an empty field"),
+        ({"passage": " "}, r"row 5: column 'passage': expected a value, got an empty field"),
     ],
 )
 def test_an_unusable_row_is_named_or_skipped(
@@ -264,7 +265,7 @@ def test_an_error_names_the_row_of_the_source_not_of_the_draw(
     rows = [{**row, "answer": str(row["answer"])} for row in boolq_rows(40)]
     rows[30]["answer"] = "maybe"
     source = str(write_jsonl(tmp_path / "dev.jsonl", rows))
-    with pytest.raises(ValueError, match="row 31: answer 'maybe'"):
+    with pytest.raises(ValueError, match=r"row 31: answer: expected .*, got 'maybe'"):
         boolq(source=source, val_limit=39, seed=0).setup("validate")
 
 
@@ -272,7 +273,9 @@ def test_a_missing_column_is_named(
     boolq: Callable[..., BoolQDataModule], tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     source = write_jsonl(tmp_path / "train.jsonl", [{"question": "a", "context": "b", "answer": True}])
-    with pytest.raises(ValueError, match=r"'passage' is missing; found \['question', 'context', 'answer'\].*`columns`"):
+    with pytest.raises(
+        ValueError, match=r"expected 'passage' among the columns, got \['question', 'context', 'answer'\].*`columns`"
+    ):
         boolq(source=str(source)).setup("fit")
 
 
@@ -283,7 +286,10 @@ def test_a_split_that_the_source_lacks_is_refused(
     write_jsonl: Callable[..., Path],
 ) -> None:
     source = write_jsonl(tmp_path / "dev.jsonl", boolq_rows(3))
-    with pytest.raises(FileNotFoundError, match=r"BoolQ train data \(.*dev\.jsonl\): there is no such split"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"BoolQ train data \(.*dev\.jsonl\): expected a source with this split .*, got one without",
+    ):
         boolq(source=str(source)).setup("fit")
 
 
@@ -297,8 +303,8 @@ def test_an_unknown_package_is_refused(boolq: Callable[..., BoolQDataModule]) ->
     [
         ({"batch_size": 0}, "at least 1, got {'batch_size': 0}"),
         ({"val_limit": -3}, "at least 1, got {'val_limit': -3}"),
-        ({"holdout": 1.0}, "between 0 and 1, got 1.0"),
-        ({"columns": {"pasage": "context"}}, r"maps \['pasage'\], but the columns of BoolQ are"),
+        ({"holdout": 1.0}, "holdout: expected .* between 0 and 1, got 1.0"),
+        ({"columns": {"pasage": "context"}}, r"columns: expected .* columns of BoolQ, .*, got one from \['pasage'\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(
@@ -309,7 +315,7 @@ def test_settings_out_of_range_are_refused(
 
 
 def test_a_length_beyond_the_tokenizers_context_is_refused(boolq: Callable[..., BoolQDataModule]) -> None:
-    with pytest.raises(ValueError, match=r"max_length=512 exceeds the 128 tokens"):
+    with pytest.raises(ValueError, match=r"max_length: expected at most the 128 tokens .*, got 512"):
         boolq(max_length=None).setup("fit")
 
 

@@ -122,7 +122,9 @@ def test_a_mixture_goes_on_in_the_middle_of_an_epoch(mixture: Callable[..., Mixt
     assert rest == whole[9:]
     other = mixture(weights=[1, 3])
     other.setup("fit")
-    with pytest.raises(ValueError, match=r"now be other rows: .*order mixture of .*'boolq': 12.*'boolq': 16"):
+    with pytest.raises(
+        ValueError, match=r"got others for the rest of that epoch: .*order mixture of .*'boolq': 12.*'boolq': 16"
+    ):
         other.load_state_dict(stopped.state_dict())
 
 
@@ -160,7 +162,7 @@ def test_settings_that_do_not_fit_are_refused(
 
 def test_tasks_that_pack_and_tasks_that_do_not_are_refused(tiny_tokenizer: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"all tasks of a mixture pack or none, got packing={'boolq': True, 'boolq2': False}"
+        ValueError, match=r"tasks: expected that all of them pack or none, got packing={'boolq': True, 'boolq2': False}"
     ):
         MixtureDataModule(tiny_tokenizer, [partial(BoolQDataModule, packing=True), BoolQDataModule])
 

@@ -31,11 +31,11 @@ def test_a_checkpoint_inside_a_window_holds_the_sums_of_all_processes(
     alone, together = worker.window("one", results / "backbone"), found("window", 0)
     for one, two in zip(alone["geometry"]["groups"], together["geometry"]["groups"], strict=True):
         for part in ("total", "window"):
-            assert all(bool(expected.any()) for expected in one["window"])
-            for expected, value in zip(one[part], two[part], strict=True):
+            assert all(bool(expected.any()) for expected in one["statistics"]["window"])
+            for expected, value in zip(one["statistics"][part], two["statistics"][part], strict=True):
                 assert worker.runs.largest_difference(expected, value) < ROUNDING, part
-        for name in ("tokens", "rejected", "heard"):
-            assert torch.equal(one[name], two[name]), name
+        for name in ("tokens", "rejected", "capture_counts"):
+            assert torch.equal(one["counts"][name], two["counts"][name]), name
     expected, gradients = alone["window"]["gradients"], together["window"]["gradients"]
     assert worker.runs.largest_difference(expected, gradients) < ROUNDING
     other = found("window", 1)["window"]["gradients"]
@@ -60,7 +60,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(
     assert worker.runs.largest_difference(uninterrupted["state_dict"], end["state_dict"]) < ROUNDING
     for one, other in zip(uninterrupted["grit"]["geometry"]["groups"], end["grit"]["geometry"]["groups"], strict=True):
         assert torch.equal(one["tokens"], other["tokens"])
-        for part, value in zip(one["total"], other["total"], strict=True):
+        for part, value in zip(one["statistics"]["total"], other["statistics"]["total"], strict=True):
             assert worker.runs.largest_difference(part, value) < ROUNDING
 
 

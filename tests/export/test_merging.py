@@ -87,6 +87,6 @@ def test_merged_model_in_memory_has_no_tokenizer_and_says_so(
         export_adapter(module, tmp_path / "out", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged, batch), logits(module.peft_model, batch), atol=ATOL, rtol=0)
-    with pytest.raises(ValueError, match="names no backbone"):
+    with pytest.raises(ValueError, match="expected the name of a backbone to merge into, got none"):
         export_adapter(save(module, tmp_path / "c.ckpt"), tmp_path / "other", merge=True)
     assert not (tmp_path / "other").exists()

@@ -138,13 +138,20 @@ def test_a_folder_that_fails_leaves_nothing_and_no_parent(tmp_path: Path) -> Non
 def test_a_folder_is_made_over_nothing(tmp_path: Path) -> None:
     assert require_free_folder(tmp_path / "x" / ".." / "new") == (tmp_path / "new").resolve()
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(
+        FileExistsError, match=r"--output: expected a new or an empty folder, got .*, which is not empty"
+    ):
         require_free_folder(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(
+        NotADirectoryError, match=r"--output: expected a new or an empty folder, got .*, which is a file"
+    ):
         require_free_folder(tmp_path / "file")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which not even root may write")
 def test_a_folder_that_cannot_be_written_names_the_option() -> None:
-    with pytest.raises(OSError, match=r"Cannot write into /proc: .*--output"), atomic_folder(Path("/proc/a/b")):
+    with (
+        pytest.raises(OSError, match=r"--output: expected a folder .*, got /proc: "),
+        atomic_folder(Path("/proc/a/b")),
+    ):
         shutil.copy(__file__, "/proc/a/b")

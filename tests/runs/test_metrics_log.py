@@ -81,7 +81,7 @@ def test_truncation_keeps_each_step_once_and_drops_a_torn_line(tmp_path: Path) -
 def test_truncation_refuses_a_file_that_is_not_ours(tmp_path: Path) -> None:
     logger = JSONLinesLogger(tmp_path)
     logger.path.write_text('step,loss\n{"step": 0}\n')
-    with pytest.raises(ValueError, match="line 1 of"):
+    with pytest.raises(ValueError, match="line 1: expected a JSON object with a step, got"):
         logger.truncate_after(0)
     assert logger.path.read_text().startswith("step,loss")
 

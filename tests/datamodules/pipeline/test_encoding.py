@@ -117,17 +117,19 @@ def test_chat_template_wraps_the_prompt_and_the_answer_loses_its_space(tiny_toke
 
 
 def test_a_missing_chat_template_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"use_chat_template=True, but the tokenizer .* has no chat template"):
+    with pytest.raises(
+        ValueError, match=r"use_chat_template: expected a tokenizer with a chat template, got .*, which has none"
+    ):
         PromptEncoder(tiny_tokenizer, TEMPLATE, 64, use_chat_template=True)
 
 
 def test_a_length_beyond_the_tokenizers_maximum_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"max_length=129 exceeds the 128 tokens"):
+    with pytest.raises(ValueError, match=r"max_length: expected at most the 128 tokens .*, got 129"):
         PromptEncoder(tiny_tokenizer, TEMPLATE, 129)
 
 
 def test_answers_with_the_same_tokens_are_refused(encoder: PromptEncoder) -> None:
-    with pytest.raises(ValueError, match=r"does not tell the answers \['no', 'no'\] apart"):
+    with pytest.raises(ValueError, match=r"expected token ids of its own for each of \['no', 'no'\], got \[\["):
         encoder.choice_ids(["no", "no"])
 
 

@@ -124,5 +124,7 @@ def test_a_sampler_for_more_processes_than_rows_gives_fillers_alone() -> None:
 
 
 def test_examples_before_setup_are_refused(tiny_tokenizer: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"The test split of BoolQ is not set up: call setup\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"The test split of BoolQ: expected one that is set up, got .*\. Call setup\(\)"
+    ):
         BoolQDataModule(tiny_tokenizer).examples("test")
