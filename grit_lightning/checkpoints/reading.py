@@ -42,7 +42,7 @@ def read_checkpoint(checkpoint: Path, *, map_location: Any = "cpu", mmap: bool =
             f"{checkpoint} cannot be read as a checkpoint, it is damaged or cut off: {error}. Take an earlier one."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{checkpoint} is no checkpoint: expected a dict in it, got a {type(content).__name__}.")
+        raise ValueError(f"{checkpoint} is no checkpoint: expected a dict, but it holds a {type(content).__name__}.")
     return content
 
 

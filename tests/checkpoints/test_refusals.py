@@ -37,7 +37,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     [
         (truncate, {}, "cannot be read as a checkpoint, it is damaged or cut off"),
         (lambda path: path.write_bytes(b""), {}, "cannot be read as a checkpoint, it is damaged or cut off"),
-        (lambda path: torch.save([1], path), {}, "is no checkpoint: expected a dict in it, got a list"),
+        (lambda path: torch.save([1], path), {}, "is no checkpoint: expected a dict, but it holds a list"),
         (lambda path: rewrite(path, lambda saved: saved.pop("grit")), {}, "got one without the entry 'grit'"),
         (
             lambda path: rewrite(path, lambda saved: saved["grit"].update(format_version=1)),
