@@ -33,17 +33,18 @@ def require_context(model: nn.Module, tokens: int, what: str, settings: str) -> 
         )
 
 
-def require_packing(model: nn.Module, rows: int) -> None:
+def require_packing(model: nn.Module, accepted: frozenset[str], rows: int) -> None:
     """Check that a model keeps the documents apart that are packed into one row.
 
     Args:
         model: The model.
+        accepted: Names of the arguments that it takes, see `accepted_arguments`.
         rows: Rows of the batch.
 
     Raises:
         ValueError: If it takes no `position_ids`, or its attention kernel would mix rows up.
     """
-    if "position_ids" not in accepted_arguments(model):
+    if "position_ids" not in accepted:
         raise ValueError(
             f"The batch has position_ids, but {type(_base(model)).__name__} takes none, so that packed documents would attend "
             "to each other. Put one document in a row, without position_ids: set data.packing to false."
