@@ -106,7 +106,7 @@ class GritLitModule(pl.LightningModule):
         settings = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
         self.answer_evaluations = AnswerEvaluations(settings)
         self.window = AccumulationWindow()
-        self._accepted: frozenset[str] = frozenset()
+        self._model_arguments: frozenset[str] = frozenset()
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
@@ -140,7 +140,7 @@ class GritLitModule(pl.LightningModule):
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
         adapter = to_plain_values(self.adapter_config.to_dict())
         self.packer = CheckpointPacker(fingerprint, adapter, geometry, self.window)
-        self._accepted = accepted_arguments(model)
+        self._model_arguments = accepted_arguments(model)
         self.model, self.geometry = model, geometry
 
     def setup(self, stage: str) -> None:
@@ -224,8 +224,10 @@ class GritLitModule(pl.LightningModule):
         """
         require_context(self.peft_model, batch["input_ids"].shape[1], "a sequence", "data.max_length")
         if "position_ids" in batch:
-            require_packing(self.peft_model, len(batch["input_ids"]))
-        return self.peft_model(**model_inputs(batch, self._accepted, with_loss=with_loss, trim=trim), use_cache=False)
+            require_packing(self.peft_model, self._model_arguments, rows=len(batch["input_ids"]))
+        return self.peft_model(
+            **model_inputs(batch, self._model_arguments, with_loss=with_loss, trim=trim), use_cache=False
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the label tokens, 0 without any, and tell the geometry how to undo that mean.

@@ -35,17 +35,18 @@ def require_context(model: nn.Module, tokens: int, what: str, settings: str) -> 
         )
 
 
-def require_packing(model: nn.Module, rows: int) -> None:
+def require_packing(model: nn.Module, accepted: frozenset[str], rows: int) -> None:
     """Check that a model keeps documents that are packed into one row apart.
 
     Args:
         model: The model.
+        accepted: Names of the arguments that it takes, see `accepted_arguments`.
         rows: Rows of the batch.
 
     Raises:
         ValueError: If it takes no `position_ids`, or its attention kernel would mix documents up.
     """
-    if "position_ids" not in accepted_arguments(model):
+    if "position_ids" not in accepted:
         raise InvalidValueError(
             "Packed documents: expected a model that takes position_ids, without which they would attend to each other, got "
             f"{type(_base(model)).__name__}, which takes none. Set data.packing to false, so that a row holds one document."

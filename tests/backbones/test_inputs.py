@@ -45,10 +45,11 @@ def test_arguments_of_an_adapted_model_are_those_of_its_base(
 
 
 def test_packing_needs_positions_and_with_flash_kernels_a_row_at_a_time(tiny_llama: Any) -> None:
-    require_packing(tiny_llama, 2)
+    accepted = accepted_arguments(tiny_llama)
+    require_packing(tiny_llama, accepted, 2)
     tiny_llama.config._attn_implementation_internal = "flash_attention_2"
-    require_packing(tiny_llama, 1)
+    require_packing(tiny_llama, accepted, 1)
     with pytest.raises(ValueError, match=r"expected batches of one row, as flash_attention_2 .*, got 2 rows"):
-        require_packing(tiny_llama, 2)
+        require_packing(tiny_llama, accepted, 2)
     with pytest.raises(ValueError, match=r"expected a model that takes position_ids, .* got Alibi, which takes none"):
-        require_packing(Alibi(), 1)
+        require_packing(Alibi(), accepted_arguments(Alibi()), 1)

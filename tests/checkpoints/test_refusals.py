@@ -53,7 +53,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (None, {"adapter": {"lora_alpha": 16}}, "another adapter configuration: lora_alpha 8 → 16"),
         (None, {"adapter": {"r": 8}}, "another adapter configuration: r 4 → 8"),
         (None, {"adapter": {"target_modules": ["q_proj"]}}, "target_modules .'q_proj', 'v_proj'. → .'q_proj'."),
-        (None, {"data": {"batch_size": 3}}, "after 6 of 9 batches of epoch 0, .* batch_size 2 → 3"),
+        (None, {"data": {"batch_size": 3}}, "after 6 of 9 batches of epoch 0: .* batch_size 2 → 3"),
     ],
 )
 def test_a_checkpoint_that_does_not_belong_here_is_refused_before_anything_changes(

@@ -88,7 +88,7 @@ def test_packing_is_refused_where_documents_could_not_be_kept_apart(
     module.peft_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"expected batches of one row, .* got 2 rows\. Set data\.batch_size to 1"):
         module(batch)
-    monkeypatch.setattr("grit_lightning.backbones.inputs.accepted_arguments", lambda model: frozenset({"input_ids"}))
+    monkeypatch.setattr(module, "_model_arguments", frozenset({"input_ids"}))
     with pytest.raises(ValueError, match="got LlamaForCausalLM, which takes none"):
         module(batch)
 
