@@ -121,7 +121,6 @@ def main() -> None:
     parser.add_argument("--taus", type=float, nargs="+", default=[0.9, 0.99])
     args = parser.parse_args()
 
-    torch.manual_seed(41)
     # Of each file the first questions that fit: the few training rows that so small a holdout takes are none of them.
     source = GSM8KDataModule(args.backbone, args.gsm8k, max_length=args.longest, holdout=0.002)
     source.setup()
@@ -129,6 +128,7 @@ def main() -> None:
     batches = list(DataLoader(rows, batch_size=args.batch, collate_fn=source.collator()))
     rows = source.examples("test").select(range(args.held_out))
     held_out = list(DataLoader(rows, batch_size=8, collate_fn=source.collator()))
+    torch.manual_seed(41)
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = attach_adapter(load_backbone(args.backbone), config)
     geometry = RankSpaceGeometry(model, GeometryConfig(kfac_update_freq=5, kfac_damping=0.1, ema_beta=0.95))
