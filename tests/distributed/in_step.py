@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,26 @@ def _run_in_step(rank: int, processes: int, cases: Mapping[str, Case], out: Path
     }
     for name, case in cases.items():
         store = dist.FileStore(str(out / f"{name}.store"), processes)
-        store.set(f"arrived/{rank}", "")
-        store.wait([f"arrived/{other}" for other in range(processes)], 2 * PATIENCE)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=PATIENCE)
-        succeeds = run_case(name, case, out, rank)
-        dist.destroy_process_group()
+        _meet("case", store, rank, processes)
+        succeeds = run_case(name, partial(_in_group, case, store, rank, processes), out, rank)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if not succeeds:
             gc.collect()  # closes the connections of what still holds the group, so that no other process waits for it
+
+
+def _in_group(case: Case, store: dist.Store, rank: int, processes: int) -> Any:
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    _meet(
+        "group", store, rank, processes
+    )  # else a case that fails at once closes connections that others are still making
+    return case()
+
+
+def _meet(where: str, store: dist.Store, rank: int, processes: int) -> None:
+    """Wait until all processes are here."""
+    store.set(f"{where}/{rank}", "")
+    store.wait([f"{where}/{other}" for other in range(processes)], 2 * PATIENCE)
 
 
 def run_case(name: str, case: Case, out: Path, rank: int = 0) -> bool:

@@ -111,7 +111,7 @@ def test_what_breaks_on_one_process_stops_all_before_the_weights_change(found: F
     assert first["weights"] == second["weights"] == "finite"
 
 
-def test_sums_averages_and_copies_are_those_of_both_processes(found: Found) -> None:
+def test_sums_averages_copies_and_gathered_objects_are_those_of_both_processes(found: Found) -> None:
     both = [found("collectives", rank) for rank in range(2)]
     for own in both:
         shared, once, never = own["gradients"]
@@ -121,6 +121,7 @@ def test_sums_averages_and_copies_are_those_of_both_processes(found: Found) -> N
         assert own["sum"].tolist() == [2.0, 2.0]
         assert own["counts"].tolist() == [2**35 + 3, 8191]  # float32 alone would lose the last digits
         assert own["copied"].tolist() == [7.0, 7.0]
+        assert own["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 
 def test_a_case_that_fails_says_why_and_takes_no_other_along(found: Found) -> None:

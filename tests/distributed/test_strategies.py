@@ -18,7 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grit_lightning.backbones.loading import empty_backbone
-from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
+from grit_lightning.distributed.collectives import (
+    average_gradients,
+    copy_from_first_process,
+    gather_objects,
+    sum_over_processes,
+)
 from grit_lightning.distributed.sharding import block_lists, materialize
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy, require_supported
 
@@ -90,5 +95,6 @@ def test_alone_nothing_is_communicated_and_nothing_changes() -> None:
     sum_over_processes([value])
     average_gradients([parameter])
     copy_from_first_process([value])
+    assert gather_objects("mine") == ["mine"]
     assert value.tolist() == [1.0, 2.0]
     assert parameter.grad is None

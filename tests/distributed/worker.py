@@ -25,7 +25,12 @@ import processes as runs  # type: ignore[import-not-found]
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
 from grit_lightning.checkpoints.trained_parameters import trained_parameters
 from grit_lightning.distributed import strategies
-from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process, sum_over_processes
+from grit_lightning.distributed.collectives import (
+    average_gradients,
+    copy_from_first_process,
+    gather_objects,
+    sum_over_processes,
+)
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy
 from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
 
@@ -181,7 +186,8 @@ def collectives() -> dict[str, Any]:
     copied = torch.full((2,), float(rank + 7))
     copy_from_first_process([copied])
     gradients = [shared.grad, once.grad, never.grad]
-    return {"gradients": gradients, "sum": value, "counts": counts, "copied": copied}
+    gathered = gather_objects({"rank": rank})
+    return {"gradients": gradients, "sum": value, "counts": counts, "copied": copied, "gathered": gathered}
 
 
 def fails(on: tuple[int, ...]) -> str:
