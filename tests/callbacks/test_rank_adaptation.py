@@ -204,5 +204,5 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_sample_gate_below_the_geometrys_is_refused(geometry: RankSpaceGeometry) -> None:
-    with pytest.raises(ValueError, match=r"min_samples is 5, but .* 10 tokens.*kfac_min_samples"):
+    with pytest.raises(ValueError, match=r"min_samples: expected at least 10 tokens, .* got 5.*kfac_min_samples"):
         RankAdaptation(min_samples=5).validate(geometry)

@@ -96,11 +96,15 @@ def test_what_was_packed_comes_back_and_the_window_when_training_starts_and_once
     ("spoil", "changed", "message"),
     [
         (lambda saved: saved.pop(CHECKPOINT_KEY), {}, "without the entry 'grit'"),
-        (lambda saved: saved[CHECKPOINT_KEY].update(format_version=3), {}, "format version 3, expected"),
+        (lambda saved: saved[CHECKPOINT_KEY].update(format_version=3), {}, "expected format version 4, got 3"),
         (lambda saved: None, {"backbone": {**BACKBONE, "architecture": {"num_hidden_layers": 3}}}, "another backbone"),
         (lambda saved: None, {"backbone": {**BACKBONE, "weights": {"w": torch.zeros(2)}}}, "other weights"),
         (lambda saved: None, {"adapter": {**ADAPTER, "r": 8}}, "another adapter configuration: r 4 → 8"),
-        (lambda saved: saved["state_dict"].update(factor=torch.zeros(3)), {}, "does not fit this model"),
+        (
+            lambda saved: saved["state_dict"].update(factor=torch.zeros(3)),
+            {},
+            "expected the adapter parameters of this model, got others",
+        ),
     ],
     ids=["no entry", "format", "backbone", "weights", "adapter", "shape"],
 )

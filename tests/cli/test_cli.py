@@ -280,7 +280,7 @@ def test_any_peft_config_trains(
         (("--model.adapter.r=0",), "positive rank, got 0"),
         (("--model.geometry.kfac_damping=-1",), "kfac_damping: expected"),
         (("--trainer.callbacks=[{class_path: RankAdaptation, init_args: {threshold: 1.5}}]",), "(0, 1], got 1.5"),
-        (("--trainer.callbacks=[{class_path: Reprojection, init_args: {k: 17}}]",), "adapter's rank is 16"),
+        (("--trainer.callbacks=[{class_path: Reprojection, init_args: {k: 17}}]",), "adapter's rank 16, got 17"),
         (("--model.geometry=null",), "Reprojection needs the rank-space geometry"),
         (("--data.max_length=129",), "129"),
         (("--data.source=nowhere",), "got 'nowhere', which does not exist"),
@@ -323,7 +323,7 @@ def test_a_file_that_is_no_checkpoint_is_named(grit: Grit, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         grit("test", "--ckpt_path=broken.ckpt")
     assert stopped.value.code == 1
-    assert "broken.ckpt cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "expected a checkpoint that can be read, got broken.ckpt" in capsys.readouterr().err
 
 
 def test_a_crash_in_training_keeps_its_traceback_and_its_record(grit: Grit, monkeypatch: pytest.MonkeyPatch) -> None:

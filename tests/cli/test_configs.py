@@ -216,10 +216,13 @@ def test_a_run_records_its_settings_and_not_what_they_extend(tiny: list[str]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: nosuch", r"mine\.yaml extends nosuch: neither a file nor a shipped configuration"),
-        ("extends: other.yaml", r"mine\.yaml extends itself: .*mine\.yaml → .*other\.yaml → .*mine\.yaml"),
-        ("extends: {demo: 1}", r"mine\.yaml: extends is {'demo': 1}, expected the name of a configuration or a list"),
-        ("extends: [demo, 3]", r"mine\.yaml: extends is \['demo', 3\], expected the name"),
+        ("extends: nosuch", r"mine\.yaml extends nosuch: expected a file or one of the shipped configurations"),
+        (
+            "extends: other.yaml",
+            r"mine\.yaml: expected `extends` to lead to other files, got .*mine\.yaml → .*other\.yaml → .*mine\.yaml",
+        ),
+        ("extends: {demo: 1}", r"mine\.yaml: expected the name of a configuration or a list .*, got {'demo': 1}"),
+        ("extends: [demo, 3]", r"mine\.yaml: expected the name of a configuration .*, got \['demo', 3\]"),
     ],
 )
 def test_what_cannot_be_extended_is_refused_in_one_sentence(

@@ -59,7 +59,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(
     assert end["grit"]["ranks"] == uninterrupted["grit"]["ranks"]
     assert worker.runs.largest_difference(uninterrupted["state_dict"], end["state_dict"]) < ROUNDING
     for one, other in zip(uninterrupted["grit"]["geometry"]["groups"], end["grit"]["geometry"]["groups"], strict=True):
-        assert torch.equal(one["tokens"], other["tokens"])
+        assert torch.equal(one["counts"]["tokens"], other["counts"]["tokens"])
         for part, value in zip(one["statistics"]["total"], other["statistics"]["total"], strict=True):
             assert worker.runs.largest_difference(part, value) < ROUNDING
 

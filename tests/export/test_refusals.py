@@ -73,7 +73,7 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path, refused: Refused) -> No
         checkpoint.write_bytes(whole[:length])
         assert "expected a checkpoint that can be read" in refused(f"--ckpt_path={checkpoint}", output)
     torch.save(torch.ones(3), checkpoint)
-    assert "got a Tensor" in refused(f"--ckpt_path={checkpoint}", output)
+    assert "which holds a Tensor" in refused(f"--ckpt_path={checkpoint}", output)
     assert "does not exist" in refused(f"--ckpt_path={tmp_path / 'no.ckpt'}", output)
     assert "is a folder" in refused(f"--ckpt_path={tmp_path}", output)
 
