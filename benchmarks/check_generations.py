@@ -22,13 +22,13 @@ FINAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def final_answer(text: str) -> str:
-    """The final answer of a solution, as openai/grade-school-math extracts it."""
+    """Return the final answer of a solution, as openai/grade-school-math extracts it."""
     match = FINAL_ANSWER.search(text)
     return match.group(1).strip().replace(",", "") if match else "[invalid]"
 
 
 def differences(file: Path) -> dict[str, float]:
-    """The largest difference between recorded and recomputed scores, by the name of the score.
+    """Return the largest difference between recorded and recomputed scores, by the name of the score.
 
     Args:
         file: generations-….jsonl of a run.

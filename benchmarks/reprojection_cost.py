@@ -60,7 +60,7 @@ class Run:
         return total / tokens
 
     def trained(self) -> list[Tensor]:
-        """The adapter's parameters."""
+        """Return the adapter's parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def snapshot(self) -> tuple[Any, Any, Any]:

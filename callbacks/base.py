@@ -132,7 +132,7 @@ class GeometryCallback(ScheduledCallback):
         geometry = getattr(pl_module, "geometry", None)
         if not isinstance(geometry, RankSpaceGeometry):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs the rank-space geometry, but {type(pl_module).__name__} has none "
-                f"(geometry={geometry!r}). Set model.geometry to a GeometryConfig, or remove the callback."
+                f"{type(self).__name__}: expected a module with a rank-space geometry, got {type(pl_module).__name__} with "
+                f"geometry {geometry!r}. Set model.geometry to a GeometryConfig, or remove the callback."
             )
         return geometry

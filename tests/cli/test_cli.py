@@ -281,7 +281,7 @@ def test_any_peft_config_trains(
         (("--model.geometry.kfac_damping=-1",), "kfac_damping: expected"),
         (("--trainer.callbacks=[{class_path: RankAdaptation, init_args: {threshold: 1.5}}]",), "(0, 1], got 1.5"),
         (("--trainer.callbacks=[{class_path: Reprojection, init_args: {k: 17}}]",), "adapter's rank 16, got 17"),
-        (("--model.geometry=null",), "Reprojection needs the rank-space geometry"),
+        (("--model.geometry=null",), "Reprojection: expected a module with a rank-space geometry"),
         (("--data.max_length=129",), "129"),
         (("--data.source=nowhere",), "got 'nowhere', which does not exist"),
         (("--data.columns={question: missing}",), "missing"),
