@@ -24,6 +24,7 @@ from grit_lightning.forgetting.likelihood import log_likelihoods
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.forgetting.without_trace import adapter_off, evaluating_without_trace
 from grit_lightning.forgetting.zero_shot import ZeroShotTask
+from grit_lightning.runs.writing import is_dev_run
 
 FILENAME = "forgetting.jsonl"
 BACKBONE_TOLERANCE = 1e-3
@@ -124,7 +125,7 @@ class ForgettingProbe(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.barebones:
             return
-        dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        dev_run = is_dev_run(trainer)
         tokenizer = self._tokenizer(trainer, pl_module)
         blocks = min(self.batch_size, self.max_blocks or self.batch_size) if dev_run else self.max_blocks
         texts = [text.read(tokenizer, self.block_size, blocks) for text in self.texts]

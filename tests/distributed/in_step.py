@@ -61,9 +61,8 @@ def _run_in_step(rank: int, processes: int, cases: Mapping[str, Case], out: Path
 
 def _in_group(case: Case, store: dist.Store, rank: int, processes: int) -> Any:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=PATIENCE)
-    _meet(
-        "group", store, rank, processes
-    )  # else a case that fails at once closes connections that others are still making
+    # Else a case that fails at once closes connections that others are still making.
+    _meet("group", store, rank, processes)
     return case()
 
 
