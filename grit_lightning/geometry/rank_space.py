@@ -191,8 +191,8 @@ class RankSpaceGeometry:
     def reduce(self) -> None:
         """Sum what this process has gathered over all processes into the running estimate.
 
-        That takes one all-reduce of sums and one of counts. Every process must call it at the same step. Without a process group it only merges; when no window has ended since the
-        last call, it does nothing.
+        That takes one all-reduce of sums and one of counts. Every process must call it at the same step. Without a process
+        group it only merges; when no window has ended since the last call, it does nothing.
         """
         if self._windows_since_reduce == 0:
             return
