@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from grit_lightning.cli.program import main
 from grit_lightning.configs import shipped_configs
+from grit_lightning.datamodules import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,4 +84,7 @@ def test_the_tree_names_what_exists() -> None:
 
 
 def test_every_shipped_config_is_mentioned() -> None:
-    assert [name for name in shipped_configs() if f"`{name}`" not in README] == []
+    """But for those of tasks, which `grit prepare --help` lists: a new task needs no line here."""
+    others = [name for name in shipped_configs() if name.removeprefix("paper/") not in TASKS]
+    assert len(others) >= 14
+    assert [name for name in others if f"`{name}`" not in README] == []
