@@ -237,7 +237,7 @@ def test_order_of_callbacks_does_not_change_the_ranks(
 def test_a_callback_without_geometry_says_what_to_change(
     make_module: Callable[..., Any], batches: Batches, tmp_path: Path, callback: Callback
 ) -> None:
-    with pytest.raises(MisconfigurationException, match=rf"{type(callback).__name__} needs .*model\.geometry"):
+    with pytest.raises(MisconfigurationException, match=rf"{type(callback).__name__}: expected .*model\.geometry"):
         trainer(tmp_path, callbacks=[callback]).fit(make_module(geometry=None), loader(batches), loader(batches[:1]))
 
 
