@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,10 +19,18 @@ from grit_lightning.accumulation_window import AccumulationWindow
 from grit_lightning.backbones.fingerprint import backbone_fingerprint
 from grit_lightning.backbones.inputs import accepted_arguments, require_context, require_packing
 from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.moved_start import places, repeatable_start, start_of
 from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_count, learnt_labels, model_inputs
+from grit_lightning.checkpoints.adapter_state import (
+    adapter_names,
+    load_saved_state,
+    require_same_parameters,
+    saved_state,
+    saved_tensors,
+    trained_parameters,
+)
 from grit_lightning.checkpoints.packing import CheckpointPacker
 from grit_lightning.checkpoints.plain_values import to_plain_values
-from grit_lightning.checkpoints.trained_parameters import load_trained_state, trained_parameters, trained_state
 from grit_lightning.distributed.collectives import sum_over_processes
 from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
 from grit_lightning.errors import require
@@ -107,6 +115,9 @@ class GritLitModule(pl.LightningModule):
         self.answer_evaluations = AnswerEvaluations(settings)
         self.window = AccumulationWindow()
         self._model_arguments: frozenset[str] = frozenset()
+        self._adapter_names: frozenset[str] = frozenset()
+        self.register_load_state_dict_pre_hook(_check_parameters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
@@ -134,14 +145,18 @@ class GritLitModule(pl.LightningModule):
         sharding = strategy if isinstance(strategy, WholeAdapterStrategy) else None
         backbone = (load_backbone if sharding is None else sharding.load_backbone)(**self.backbone_options)
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
-        model = attach_adapter(backbone, self.adapter_config)
+        own, before = [*backbone.parameters(), *backbone.buffers()], places(backbone)
+        with repeatable_start(self.adapter_config):
+            model = attach_adapter(backbone, self.adapter_config)
         if sharding is not None:
             fingerprint = sharding.share_adapter(model, fingerprint)
+        start = start_of(model, self.adapter_config, before)
         geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
         adapter = to_plain_values(self.adapter_config.to_dict())
-        self.packer = CheckpointPacker(fingerprint, adapter, geometry, self.window)
+        self.packer = CheckpointPacker(fingerprint, adapter, start, geometry, self.window)
         self._model_arguments = accepted_arguments(model)
         self.model, self.geometry = model, geometry
+        self._adapter_names = adapter_names(self, own)
 
     def setup(self, stage: str) -> None:
         """Check the strategy; get the task's metrics, and the references of generated answers, from the data module.
@@ -334,15 +349,21 @@ class GritLitModule(pl.LightningModule):
             return stage
         return evaluation_key(stage, list(self._datamodule.tasks)[dataloader_idx])
 
-    # Checkpoints: the trained parameters as the state, and the packer's entry.
+    # Checkpoints: the adapter as the state, and the packer's entry.
 
-    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded in torch
-        """Return the trained parameters, see `trained_state`."""
-        return trained_state(self, prefix, keep_vars)
+    def state_dict(  # type: ignore[override]  # overloaded in torch
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the adapter, see `saved_state`; a parent's state goes on collecting in `destination`."""
+        state = saved_state(self, self._adapter_names, prefix, keep_vars)
+        if destination is None:
+            return state
+        destination.update(state)
+        return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trained parameters, see `load_trained_state`."""
-        load_trained_state(self, state_dict)
+        """Load the adapter, see `load_saved_state`. A parent's `load_state_dict` works as well."""
+        load_saved_state(self, self._adapter_names, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -355,7 +376,7 @@ class GritLitModule(pl.LightningModule):
         Raises:
             ValueError: If the checkpoint is not from this class, or has another format version, backbone or adapter.
         """
-        self.packer.unpack(checkpoint, trained_parameters(self))
+        self.packer.unpack(checkpoint, saved_tensors(self, self._adapter_names))
 
     def on_train_start(self) -> None:
         """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""
@@ -374,3 +395,20 @@ class GritLitModule(pl.LightningModule):
 def _unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside Lightning's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _check_parameters(module: GritLitModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a parent's state that does not hold exactly this adapter."""
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    require_same_parameters(saved_tensors(module, module._adapter_names), found)
+
+
+def _expect_no_backbone(module: GritLitModule, incompatible: Any) -> None:
+    """Take the backbone, which no state holds, off the list of what a parent's state lacks."""
+    own = super(GritLitModule, module).state_dict().keys()
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, own)]
+
+
+def _ends_in(name: str, names: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))

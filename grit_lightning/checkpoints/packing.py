@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grit_lightning.accumulation_window import AccumulationWindow
 from grit_lightning.backbones.fingerprint import require_adapter, require_backbone
+from grit_lightning.backbones.moved_start import require_start
+from grit_lightning.checkpoints.adapter_state import require_same_parameters
 from grit_lightning.checkpoints.random_state import random_state, restore_random_state
 from grit_lightning.checkpoints.reading import CHECKPOINT_FORMAT, CHECKPOINT_KEY, grit_entry
-from grit_lightning.checkpoints.trained_parameters import require_same_parameters
 from grit_lightning.distributed.collectives import gather_objects, process_count
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
@@ -29,12 +30,14 @@ class CheckpointPacker:
     Attributes:
         backbone: Fingerprint of the backbone, see `backbones.fingerprint`.
         adapter: PEFT's configuration in plain values.
+        start: A₀ and B₀ of a start that moved the backbone, see `backbones.moved_start`; empty for other adapters.
         geometry: The geometry, or None without one.
         window: The accumulation window.
     """
 
     backbone: dict[str, Any]
     adapter: dict[str, Any]
+    start: dict[str, Tensor]
     geometry: RankSpaceGeometry | None
     window: AccumulationWindow
     _unpacked: dict[str, Any] | None = field(default=None, init=False)
@@ -51,18 +54,19 @@ class CheckpointPacker:
             "format_version": CHECKPOINT_FORMAT,
             "backbone": self.backbone,
             "adapter": self.adapter,
+            "start": self.start,
             "geometry": None if self.geometry is None else self.geometry.state_dict(),
             "ranks": None if self.geometry is None else self.geometry.ranks,
             "random": gather_objects(random_state(device)),
             "window": self.window.state_dict(trained),
         }
 
-    def unpack(self, checkpoint: dict[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+    def unpack(self, checkpoint: dict[str, Any], adapter: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint fits this model, and only then restore the geometry. `resume` restores the rest.
 
         Args:
             checkpoint: The whole checkpoint; Lightning's counts in it are converted to this number of processes.
-            trained: The trained parameters, by name.
+            adapter: The tensors that the state holds, by name.
 
         Raises:
             ValueError: If the checkpoint is not from a `GritLitModule`, or has another format version, backbone or adapter.
@@ -70,7 +74,8 @@ class CheckpointPacker:
         saved = grit_entry(checkpoint)
         require_backbone(saved["backbone"], self.backbone)
         require_adapter(saved["adapter"], self.adapter)
-        require_same_parameters(trained, checkpoint["state_dict"])
+        require_same_parameters(adapter, checkpoint["state_dict"])
+        require_start(saved.get("start", {}), self.start)
         if self.geometry is not None and saved["geometry"] is not None:
             self.geometry.load_state_dict(saved["geometry"])
         self._unpacked = {"random": saved["random"], "window": saved["window"]}

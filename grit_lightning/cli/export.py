@@ -20,9 +20,10 @@ def export_command(words: Sequence[str]) -> None:
     parser.add_argument("--keep_empty", action="store_true", help="Keep layers that learnt nothing, at rank 1.")
     given = parser.parse_args(words)
     adapter = export_adapter(given.ckpt_path, given.output, given.merge, given.keep_empty)
+    what = "merged model" if given.merge else "adapter"
     saved = 1 - adapter.parameters / adapter.parameters_before
-    Console().print(
-        f"{given.output}: {'merged model' if given.merge else 'adapter'}, {len(adapter.ranks)} layers at mean rank "
-        f"{adapter.mean_rank:.2f}, {adapter.parameters_before:,} → {adapter.parameters:,} parameters ({saved:.1%} fewer)",
-        soft_wrap=True,
-    )
+    size = f"{adapter.parameters_before:,} → {adapter.parameters:,} parameters ({saved:.1%} fewer)"
+    shape = f"{len(adapter.ranks)} layers at mean rank {adapter.mean_rank:.2f}, {size}"
+    if adapter.whole:
+        shape = f"{adapter.parameters:,} parameters, whole and not cut to effective ranks: {adapter.whole}"
+    Console().print(f"{given.output}: {what}, {shape}", soft_wrap=True)

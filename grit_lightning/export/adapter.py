@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from peft import PeftConfig, get_peft_config, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_config
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
+from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 from grit_lightning.backbones.sources import BackboneSource, resolve_source
 from grit_lightning.checkpoints.reading import CHECKPOINT_KEY, read_checkpoint, require_format
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.export.card import RunNotes, card
 from grit_lightning.export.compaction import CompactAdapter, compact
+from grit_lightning.export.merging import merge as merge_into
+from grit_lightning.export.merging import require_mergeable
+from grit_lightning.export.peft_names import named_by_peft, on_file
 from grit_lightning.module import GritLitModule
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder
 
@@ -37,7 +39,9 @@ def export_adapter(
 ) -> CompactAdapter:
     """Write a trained adapter at its effective ranks, or the backbone with it merged in, and a README.md.
 
-    The folder appears whole or not at all. Exporting the adapter of a checkpoint does not need the backbone.
+    An adapter that cannot be sliced, as PEFT has many kinds, is written whole, as PEFT would write it; the result and the
+    README.md say why. The folder appears whole or not at all. Exporting the adapter of a checkpoint does not need the
+    backbone's weights, and where there is nothing but LoRA's factors not even its configuration.
 
     Args:
         source: Path of a checkpoint, or a module that has been trained; the module is left as it is.
@@ -54,15 +58,18 @@ def export_adapter(
         FileExistsError: `output` is not empty.
         NotADirectoryError: `output` is a file.
         OSError: `output` cannot be written, or the backbone cannot be read.
-        ValueError: The checkpoint cannot be read, is not one of GRIT, was never trained, or its adapter cannot be compacted.
+        ValueError: The checkpoint cannot be read, is not one of GRIT, was never trained, or its adapter cannot be
+            merged.
         RuntimeError: The module's model is not built yet.
     """
     folder = require_free_folder(Path(output))
     trained = _from_module(source) if isinstance(source, GritLitModule) else _from_checkpoint(Path(source))
-    adapter = compact(trained.config, trained.parameters, trained.ranks, keep_empty=keep_empty)
+    adapter = compact(trained.config, trained.parameters, trained.ranks, trained.start, keep_empty=keep_empty)
     backbone = _locate(trained.backbone)
     adapter.config.base_model_name_or_path = backbone.location or None
     adapter.config.revision = trained.loading.get("revision")
+    if merge:
+        require_mergeable(trained.config)
     with atomic_folder(folder) as unfinished:
         if merge:
             _write_merged(source, trained, adapter, unfinished)
@@ -81,10 +88,11 @@ def export_adapter(
 
 @dataclass(frozen=True)
 class _Trained:
-    """Everything that an export needs to know; `parameters` by name inside the PeftModel."""
+    """Everything that an export needs to know; tensors under PEFT's names on file."""
 
     config: PeftConfig
     parameters: Mapping[str, Tensor]
+    start: Mapping[str, Tensor]
     ranks: Mapping[str, int] | None
     backbone: str
     loading: Mapping[str, Any]
@@ -93,10 +101,11 @@ class _Trained:
 
 
 def _from_module(module: GritLitModule) -> _Trained:
-    named = module.peft_model.named_parameters()
+    model, start = module.peft_model, module.packer.start
     return _Trained(
         config=module.adapter_config,
-        parameters={name: parameter.detach() for name, parameter in named if parameter.requires_grad},
+        parameters=named_by_peft(model),
+        start=on_file(module.adapter_config, start, "") if start else {},
         ranks=None if module.geometry is None else module.geometry.ranks,
         backbone=module.hparams["backbone"],
         loading=dict(module.hparams),
@@ -116,10 +125,13 @@ def _from_checkpoint(path: Path) -> _Trained:
         raise InvalidValueError(
             f"{path}: expected a trained adapter, got one of optimizer step 0. Export a checkpoint of a later step."
         )
-    state = content["state_dict"].items()
+    config = get_peft_config(dict(settings["adapter"]))
+    state = {name.removeprefix(_MODEL_PREFIX): value for name, value in content["state_dict"].items()}
+    start = saved.get("start") or {}
     return _Trained(
-        config=get_peft_config(dict(settings["adapter"])),
-        parameters={name.removeprefix(_MODEL_PREFIX): value for name, value in state},
+        config=config,
+        parameters=on_file(config, state, settings["backbone"], settings.get("revision")),
+        start=on_file(config, start, "") if start else {},
         ranks=saved["ranks"],
         backbone=settings["backbone"],
         loading=settings,
@@ -136,14 +148,12 @@ def _locate(backbone: str) -> BackboneSource:
         return BackboneSource("folder", backbone)
 
 
-# Merging.
-
-
 def _write_merged(
     source: GritLitModule | str | os.PathLike[str], trained: _Trained, adapter: CompactAdapter, folder: Path
 ) -> None:
     if isinstance(source, GritLitModule):
-        backbone = copy.deepcopy(source.peft_model).unload()
+        backbone = _copy(source.peft_model).unload()
+        adapter = compact(trained.config, trained.parameters)  # whose start is missing in this backbone already
     elif trained.backbone:
         loading: dict[str, Any] = {name: trained.loading.get(name) for name in _LOADING}
         backbone = load_backbone(trained.backbone, **loading)
@@ -152,36 +162,15 @@ def _write_merged(
             "The checkpoint: expected the name of a backbone to merge into, got none, since the model was given in memory. "
             "Merge from the module: export_adapter(module, output, merge=True)."
         )
-    merged = _merge(_as_dense(backbone), adapter)
-    merged.config.use_cache = True  # training had switched it off
-    merged.save_pretrained(folder)
+    merge_into(backbone, adapter).save_pretrained(folder)
     _write_tokenizer(trained, folder)
 
 
-def _as_dense(backbone: PreTrainedModel) -> PreTrainedModel:
-    """Return the backbone with ordinary weights and no trace of how they had been packed."""
-    packing = getattr(backbone.config, "quantization_config", None)
-    if packing is None:
-        return backbone
-    method = packing.get("quant_method") if isinstance(packing, Mapping) else packing.quant_method
-    if str(getattr(method, "value", method)) != "gguf":
-        return backbone.dequantize()
-    del backbone.config.quantization_config  # unpacked when it was loaded; with this entry saving refuses
-    return backbone
-
-
-def _merge(backbone: PreTrainedModel, adapter: CompactAdapter) -> PreTrainedModel:
-    """Merge with PEFT what PEFT would load from the exported adapter."""
-    model = attach_adapter(backbone, adapter.config)
-    result = set_peft_model_state_dict(model, adapter.tensors)
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise InvalidValueError(
-            f"The adapter: expected parameters that fit the backbone, got {[*missing, *result.unexpected_keys][:3]}, which do "
-            "not. Merge into the backbone that it was trained on."
-        )
-    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    return merged
+def _copy(model: PeftModel) -> PeftModel:
+    """Copy a model. Layers whose adapters are tied keep views of each other's factors, which torch does not copy by itself."""
+    attributes = (value for module in model.modules() for value in getattr(module, "kwargs", {}).values())
+    tied = [view for value in attributes if isinstance(value, Mapping) for view in value.values()]
+    return copy.deepcopy(model, {id(view): view.detach().clone() for view in tied if isinstance(view, Tensor)})
 
 
 def _write_tokenizer(trained: _Trained, folder: Path) -> None:

@@ -91,7 +91,7 @@ def card(
     sections = [
         _front_matter(backbone, merged),
         f"# {name}",
-        f"A {kind}, trained with GRIT on {known}{quantised}{duration}. Each layer keeps only the rank that carries its update.",
+        f"A {kind}, trained with GRIT on {known}{quantised}{duration}. {_what_is_kept(adapter)}",
         f"```python\n{load}\n```",
         *_data(notes),
         *_metrics(notes.summary, steps),
@@ -131,7 +131,15 @@ def _metrics(summary: Mapping[str, Any], steps: int | None) -> list[str]:
     return ["## Metrics", *remark, _table(("metric", "before", "after"), rows)]
 
 
+def _what_is_kept(adapter: CompactAdapter) -> str:
+    if adapter.whole:
+        return f"It is whole, as PEFT writes it, and not cut to effective ranks: {adapter.whole}."
+    return "Each layer keeps only the rank that carries its update."
+
+
 def _sizes(adapter: CompactAdapter) -> list[str]:
+    if adapter.whole:
+        return ["## Size", f"Parameters of the adapter: {adapter.parameters:,}."]
     saved = 1 - adapter.parameters / adapter.parameters_before
     rows = [(f"`{layer}`", str(adapter.allocated[layer]), str(rank)) for layer, rank in adapter.ranks.items()]
     return [

@@ -9,6 +9,9 @@
 PEFT recomputes the scaling from alpha and rank (`alpha / r`, for rsLoRA `alpha / sqrt(r)`), so a smaller rank needs its
 own alpha. Ranks and alphas that differ from the adapter's go into `rank_pattern` and `alpha_pattern`. Their keys are
 regular expressions which PEFT also lets match the end of a longer name: ours are whole names, escaped and anchored.
+
+Where the start moved s·B₀A₀ out of the backbone (see `backbones.moved_start`), rows A₀ and columns −B₀ put it back: the file
+then fits the backbone as everybody has it. What cannot be sliced is exported as PEFT would write it, whole.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +30,13 @@ from torch import Tensor
 
 from grit_lightning.errors import InvalidValueError
 
-_FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.[^.]+\.weight")
-_WHOLE_MODULE = re.compile(r"(?P<module>base_model\.model\..+)\.modules_to_save\.[^.]+\.(?P<parameter>.+)")
+_FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 _SITE_PREFIX = "base_model.model."
-# Initialisations that leave the backbone as it is; the others (PiSSA, OLoRA, CorDA, LoftQ …) move a part of it into A and B.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Variants of LoRA whose layers compute something else than the backbone's output + s·BA x with BA's own numbers.
+_VARIANTS = (
+    *("use_bdlora", "use_qalora", "target_parameters", "layer_replication", "lora_bias", "megatron_config"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,18 @@ class CompactAdapter:
     Attributes:
         config: Configuration that rebuilds the adapter on a fresh backbone.
         tensors: Parameters under the names of `adapter_model.safetensors`, contiguous, on the CPU.
+        parameters_before: Number of parameters while it was trained.
         ranks: Rank k of every adapted layer by its name in the backbone; 0 for a layer that was left out.
         allocated: Rank r of every adapted layer while it was trained.
-        parameters_before: Number of trained parameters.
+        whole: Why the adapter was not sliced; empty if it was. It then has no ranks.
     """
 
-    config: LoraConfig
+    config: PeftConfig
     tensors: dict[str, Tensor]
-    ranks: dict[str, int]
-    allocated: dict[str, int]
     parameters_before: int
+    ranks: dict[str, int] = field(default_factory=dict)
+    allocated: dict[str, int] = field(default_factory=dict)
+    whole: str = ""
 
     @property
     def parameters(self) -> int:
@@ -59,24 +66,26 @@ class CompactAdapter:
 
     @property
     def mean_rank(self) -> float:
-        """Mean rank over all adapted layers, those left out included."""
-        return sum(self.ranks.values()) / len(self.ranks)
+        """Mean rank over all adapted layers, those left out included; NaN for an adapter that was not sliced."""
+        return sum(self.ranks.values()) / len(self.ranks) if self.ranks else math.nan
 
 
 @torch.no_grad()
 def compact(
     config: PeftConfig,
-    trained: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     effective_ranks: Mapping[str, int] | None = None,
+    start: Mapping[str, Tensor] | None = None,
     *,
     keep_empty: bool = False,
 ) -> CompactAdapter:
-    """Slice every layer's factors to the last column of B that is not zero.
+    """Slice every layer's factors to the last column of B that is not zero, if this is an adapter that can be sliced.
 
     Args:
         config: The configuration that the adapter was trained with.
-        trained: The trained parameters under their names inside the `PeftModel`.
+        tensors: What was trained, under PEFT's names on file.
         effective_ranks: Ranks that the geometry holds, by module name; checked against B. None without geometry.
+        start: A₀ and B₀ under the same names, if they were subtracted from the backbone; they are added to A and B.
         keep_empty: Keep a layer whose B is zero at rank 1, instead of leaving it out through `exclude_modules`.
 
     Returns:
@@ -84,11 +93,19 @@ def compact(
         where no alpha gives the same quotient.
 
     Raises:
-        ValueError: If the adapter is not a plain linear LoRA, holds numbers that are not finite, was never trained, or
-            B reaches beyond an effective rank.
+        ValueError: If the adapter holds numbers that are not finite, was never trained, or B reaches beyond an effective
+            rank.
     """
-    config = _require_plain_lora(config)
-    factors, others = _sort(trained)
+    _require_finite(tensors)
+    factors, others = _sort(tensors)
+    if reason := _why_whole(config, factors, others):
+        if start:
+            raise InvalidValueError(
+                f"adapter.init_lora_weights: expected one that leaves the backbone as it is with {reason}, got "
+                f"{getattr(config, 'init_lora_weights', None)!r}: what it moved cannot be put back."
+            )
+        return _as_it_is(config, tensors, reason)
+    assert isinstance(config, LoraConfig)
     ranks, allocated = {}, {}
     for layer, (a, b) in factors.items():
         used = b.count_nonzero(dim=0).nonzero()
@@ -105,22 +122,44 @@ def compact(
             "after at least one optimizer step with a learning rate above zero."
         )
 
-    if keep_empty:
-        ranks = {layer: max(rank, 1) for layer, rank in ranks.items()}
+    has_more = {layer for layer in factors if any(name.startswith(f"{_SITE_PREFIX}{layer}.") for name in others)}
+    ranks = {layer: max(rank, 1) if keep_empty or layer in has_more else rank for layer, rank in ranks.items()}
+    scalings = {layer: _scaling(config, layer, rank) for layer, rank in allocated.items()}
+    sliced = {layer: (a[: ranks[layer]], b[:, : ranks[layer]]) for layer, (a, b) in factors.items()}
+    if start:
+        sliced = {layer: _with_start(*pair, *_sort(start)[0][layer]) for layer, pair in sliced.items()}
+    ranks = {layer: len(a) for layer, (a, _) in sliced.items()}
     kept = {layer: rank for layer, rank in ranks.items() if rank}
-    scalings = {layer: _scaling(config, layer, allocated[layer]) for layer in kept}
-    tensors = dict(others)
-    for layer, rank in kept.items():
-        a, b = factors[layer]
-        tensors[f"{_SITE_PREFIX}{layer}.lora_A.weight"] = a[:rank].cpu().clone()
-        tensors[f"{_SITE_PREFIX}{layer}.lora_B.weight"] = b[:, :rank].cpu().clone(memory_format=torch.contiguous_format)
+    result = _on_cpu(others)
+    for layer in kept:
+        a, b = sliced[layer]
+        result |= _on_cpu({f"{_SITE_PREFIX}{layer}.lora_A.weight": a, f"{_SITE_PREFIX}{layer}.lora_B.weight": b})
     return CompactAdapter(
         config=_compact_config(config, kept, scalings, [layer for layer, rank in ranks.items() if not rank]),
-        tensors=tensors,
+        tensors=result,
+        parameters_before=_count(tensors),
         ranks=ranks,
         allocated=allocated,
-        parameters_before=sum(tensor.numel() for tensor in trained.values()),
     )
+
+
+def _as_it_is(config: PeftConfig, tensors: Mapping[str, Tensor], reason: str) -> CompactAdapter:
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    return CompactAdapter(config, _on_cpu(tensors), _count(tensors), whole=reason)
+
+
+def _with_start(a: Tensor, b: Tensor, start_a: Tensor, start_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of BA − B₀A₀."""
+    return torch.cat([a, start_a.to(a)]), torch.cat([b, -start_b.to(b)], dim=1)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
@@ -140,56 +179,45 @@ def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
     return int(best) if best.is_integer() else best
 
 
-def _require_plain_lora(config: PeftConfig) -> LoraConfig:
+def _why_whole(config: PeftConfig, factors: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, Tensor]) -> str:
+    """Return what keeps an adapter from being sliced, empty if nothing does."""
     if type(config) is not LoraConfig:
-        raise InvalidValueError(
-            f"The adapter: expected LoRA, which alone can be compacted, got {type(config).__name__} ({config.peft_type}). "
-            "Save it with module.model.save_pretrained(folder)."
-        )
+        return f"{config.peft_type and config.peft_type.value}, which is no LoRA"
     fields: Mapping[str, Any] = vars(config)
-    for name in ("use_dora", "use_bdlora", "target_parameters", "trainable_token_indices"):
-        if fields.get(name):
-            raise InvalidValueError(
-                f"adapter.{name}: expected it switched off, since slicing A and B would change the model, got "
-                f"{fields[name]!r}. Train without it, or save the adapter as it is with module.model.save_pretrained(folder)."
-            )
-    if config.init_lora_weights not in _PLAIN_INITIALISATIONS:
-        raise InvalidValueError(
-            f"adapter.init_lora_weights: expected one of {_PLAIN_INITIALISATIONS}, got {config.init_lora_weights!r}, which "
-            "moves a part of the backbone into the adapter: sliced, it would not fit the original backbone."
-        )
-    return config
+    if variants := [name for name in _VARIANTS if fields.get(name)]:
+        return variants[0]
+    if others_of_rank := [name for name in others if "lora_" in name and "lora_magnitude_vector" not in name]:
+        return f"adapters of another kind than linear layers ({others_of_rank[0].rpartition('.lora_')[0]})"
+    return "" if factors else "no linear layer"
 
 
-def _sort(trained: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split the trained parameters into (A, B) by layer, and those of whole modules under their names on file."""
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Split what was trained into (A, B) of linear layers by layer, and the rest."""
     sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     others: dict[str, Tensor] = {}
-    unsupported = []
-    for name, tensor in trained.items():
+    for name, tensor in tensors.items():
         if (factor := _FACTOR.fullmatch(name)) and tensor.ndim == 2:
             sides[factor["side"]][factor["layer"]] = tensor
-        elif whole := _WHOLE_MODULE.fullmatch(name):
-            others[f"{whole['module']}.{whole['parameter']}"] = tensor.cpu().clone()
         else:
-            unsupported.append(name)
-    if unsupported or not sides["A"]:
-        raise InvalidValueError(
-            f"The adapter: expected linear LoRA layers and modules_to_save, got {len(unsupported)} of {len(trained)} trained "
-            f"parameters of another kind (embedding adapters, DoRA magnitudes, biases …): {unsupported[:3]}. "
-            "Take these out of the adapter's configuration."
-        )
+            others[name] = tensor
     if sides["A"].keys() != sides["B"].keys():
         lonely = sorted(sides["A"].keys() ^ sides["B"].keys())
         raise InvalidValueError(
             f"The adapter: expected A and B of every layer, got only one of them in {lonely[:3]}. Export another checkpoint."
         )
-    if infinite := [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]:
+    return {layer: (a, sides["B"][layer]) for layer, a in sides["A"].items()}, others
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    if not tensors:
+        raise InvalidValueError(
+            "The adapter: expected trained parameters, got none. Export a checkpoint or module that has been trained."
+        )
+    if infinite := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise InvalidValueError(
             f"The adapter: expected finite weights, got NaN or infinity in {len(infinite)} trained parameters, first "
             f"{infinite[0]}. The training diverged: export an earlier checkpoint."
         )
-    return {layer: (a, sides["B"][layer]) for layer, a in sides["A"].items()}, others
 
 
 def _scaling(config: LoraConfig, layer: str, r: int) -> float:

@@ -39,7 +39,7 @@ class Geometry:
 
 
 def make_packer(state: str = "new", **changed: Any) -> CheckpointPacker:
-    settings: dict[str, Any] = {"backbone": BACKBONE, "adapter": ADAPTER, "geometry": Geometry(state)}
+    settings: dict[str, Any] = {"backbone": BACKBONE, "adapter": ADAPTER, "start": {}, "geometry": Geometry(state)}
     return CheckpointPacker(**(settings | changed), window=AccumulationWindow())
 
 

@@ -23,7 +23,7 @@ import in_step  # type: ignore[import-not-found]
 import processes as runs  # type: ignore[import-not-found]
 
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
-from grit_lightning.checkpoints.trained_parameters import trained_parameters
+from grit_lightning.checkpoints.adapter_state import trained_parameters
 from grit_lightning.distributed import strategies
 from grit_lightning.distributed.collectives import (
     average_gradients,

@@ -35,8 +35,8 @@ def test_names_that_end_alike_keep_their_own_ranks(lora_layers: LoraLayers) -> N
     for rank, name in enumerate(names, start=1):
         b = torch.ones(4, 4)
         b[:, rank:] = 0
-        trained[f"base_model.model.{name}.lora_A.default.weight"] = torch.ones(4, 4)
-        trained[f"base_model.model.{name}.lora_B.default.weight"] = b
+        trained[f"base_model.model.{name}.lora_A.weight"] = torch.ones(4, 4)
+        trained[f"base_model.model.{name}.lora_B.weight"] = b
     compacted = compact(config, trained)
     rebuilt = lora_layers(PeftModel(Outer(), compacted.config))
     assert {name: layer.r["default"] for name, layer in rebuilt.items()} == dict(zip(names, (1, 2, 3, 4), strict=True))

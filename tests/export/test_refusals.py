@@ -2,7 +2,7 @@
 
 - Checkpoints that are damaged, foreign, untrained, diverged or contradict themselves.
 - Outputs that are taken or cannot be written; a failure halfway.
-- Adapters that cannot be compacted; a module that is not built; a backbone that is missed only where it is needed.
+- A module that is not built; a backbone that is missed only where it is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
 from grit_lightning import GritLitModule
@@ -119,37 +119,6 @@ def test_missing_backbone_matters_only_for_merging(
     assert "/no/such/backbone" in refused(*words, "--merge")
     main(["export", *words])
     assert lora_layers(PeftModel.from_pretrained(tiny_llama, tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("adapter", "complaint"),
-    [
-        (
-            LoraConfig(target_modules=["q_proj"], use_dora=True),
-            "adapter.use_dora: expected it switched off, .*, got True",
-        ),
-        (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "embedding adapters"),
-        (LoraConfig(target_modules=["q_proj"], bias="all"), "biases"),
-        (
-            LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
-            "init_lora_weights: expected .*, got 'pissa', which moves a part",
-        ),
-        (AdaLoraConfig(target_modules=["q_proj"], total_step=10), "expected LoRA, .*, got AdaLoraConfig"),
-    ],
-    ids=["dora", "embedding", "bias", "pissa", "adalora"],
-)
-def test_unsupported_adapters(
-    adapter: LoraConfig, complaint: str, make_tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, save: Save
-) -> None:
-    module = GritLitModule(make_tiny_llama(attention_bias=True), adapter, geometry=None)
-    module.configure_model()
-    for parameter in module.peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_()
-    for source in (module, save(module, tmp_path / "c.ckpt")):
-        with pytest.raises(ValueError, match=complaint):
-            export_adapter(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["c.ckpt"]
 
 
 def test_module_that_is_not_built(lora_config: Callable[..., LoraConfig], tmp_path: Path) -> None:

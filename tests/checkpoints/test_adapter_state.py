@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from grit_lightning.checkpoints import plain_values
+from grit_lightning.checkpoints.adapter_state import adapter_names, load_saved_state, saved_state, trained_parameters
 from grit_lightning.checkpoints.plain_values import to_plain_values
-from grit_lightning.checkpoints.trained_parameters import load_trained_state, trained_parameters, trained_state
 
 
 class Layer(nn.Module):
@@ -27,6 +27,9 @@ class Layer(nn.Module):
         super().__init__()
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.full((2, 3), value))})
+
+
+NAMES = frozenset({"lora_A.default", "inner.lora_A.default"})
 
 
 def wrapped(layer: nn.Module) -> nn.Module:
@@ -40,15 +43,25 @@ def wrapped(layer: nn.Module) -> nn.Module:
 def test_the_state_is_that_of_a_single_process_whatever_wraps_the_layers() -> None:
     layer = Layer(1.0)
     assert trained_parameters(wrapped(layer)).keys() == trained_parameters(layer).keys() == {"lora_A.default"}
-    assert trained_state(layer, prefix="x.").keys() == {"x.lora_A.default"}
-    assert not trained_state(layer)["lora_A.default"].requires_grad
-    assert trained_state(layer, keep_vars=True)["lora_A.default"] is layer.lora_A["default"]
+    assert saved_state(layer, NAMES, prefix="x.").keys() == {"x.lora_A.default"}
+    assert not saved_state(layer, NAMES)["lora_A.default"].requires_grad
+    assert saved_state(layer, NAMES, keep_vars=True)["lora_A.default"] is layer.lora_A["default"]
+
+
+def test_an_adapter_is_saved_whole_and_a_backbone_only_where_it_is_trained() -> None:
+    layer = Layer()
+    layer.lora_A["default"].requires_grad_(False)
+    layer.frozen.bias.requires_grad_(True)
+    layer.register_buffer("made_anew", torch.zeros(1), persistent=False)
+    layer.register_buffer("projection", torch.zeros(1))
+    assert adapter_names(layer, layer.frozen.parameters()) == {"lora_A.default", "frozen.bias", "projection"}
+    assert adapter_names(wrapped(layer), layer.frozen.parameters()) == adapter_names(layer, layer.frozen.parameters())
 
 
 def test_a_state_is_copied_into_the_parameters_that_are_there() -> None:
     layer = Layer()
     parameter = layer.lora_A["default"]
-    load_trained_state(wrapped(layer), trained_state(Layer(3.0)))
+    load_saved_state(wrapped(layer), NAMES, saved_state(Layer(3.0), NAMES))
     assert layer.lora_A["default"] is parameter
     assert bool((parameter == 3.0).all())
 
@@ -63,10 +76,10 @@ def test_a_state_is_copied_into_the_parameters_that_are_there() -> None:
     ids=["missing", "more", "shape"],
 )
 def test_parameters_of_another_adapter_are_refused_before_any_is_changed(spoil: Callable[[Any], Any]) -> None:
-    layer, state = Layer(), trained_state(Layer(3.0))
+    layer, state = Layer(), saved_state(Layer(3.0), NAMES)
     spoil(state)
     with pytest.raises(ValueError, match=r"expected the adapter parameters of this model, got others: \d differ"):
-        load_trained_state(layer, state)
+        load_saved_state(layer, NAMES, state)
     assert bool((layer.lora_A["default"] == 0.0).all())
 
 
@@ -78,7 +91,7 @@ def test_a_shard_in_place_of_a_factor_is_refused(shard: torch.Tensor) -> None:
         ValueError,
         match=r"keeps the adapter whole, got a shard of inner\.lora_A\.default .* ddp, grit_fsdp, grit_fsdp2",
     ):
-        trained_state(layer)
+        saved_state(layer, NAMES)
 
 
 def test_settings_become_values_that_a_checkpoint_may_hold() -> None:

@@ -1,0 +1,112 @@
+"""What a checkpoint holds of the model: the whole adapter, trained or not, and never the frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from grit_lightning.distributed.strategies import SUPPORTED
+from grit_lightning.errors import InvalidValueError
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What sharding, recomputing and compiling put into the names of parameters."""
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a module, by their names on a single process."""
+    return {_plain_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def adapter_names(module: nn.Module, backbone: Iterable[Tensor]) -> frozenset[str]:
+    """Return the names of the tensors that a checkpoint has to hold: all but the backbone's, and what of it is trained.
+
+    A part of an adapter may be frozen (A of LoRA-FA, the ranks of AdaLoRA, the projections of VeRA), and a part of the
+    backbone trained (its biases).
+
+    Args:
+        module: The module, with the adapter attached and nothing wrapped yet.
+        backbone: Parameters and buffers of the backbone, from before the adapter was attached.
+    """
+    frozen = {id(tensor) for tensor in backbone if not tensor.requires_grad}
+    kept = nn.Module.state_dict(module, keep_vars=True).keys()  # all but buffers that are made anew
+    named = chain(module.named_parameters(), module.named_buffers())
+    return frozenset(_plain_name(name) for name, tensor in named if name in kept and id(tensor) not in frozen)
+
+
+def saved_tensors(module: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
+    """Return the tensors of these names.
+
+    Args:
+        module: The module, however it is wrapped by now.
+        names: From `adapter_names`.
+    """
+    named = chain(module.named_parameters(), module.named_buffers())
+    return {plain: tensor for name, tensor in named if (plain := _plain_name(name)) in names}
+
+
+def saved_state(
+    module: nn.Module, names: frozenset[str], prefix: str = "", keep_vars: bool = False
+) -> dict[str, Tensor]:
+    """Return what a module's `state_dict` should hold: the adapter, and nothing of the frozen backbone.
+
+    Args:
+        module: The module.
+        names: From `adapter_names`.
+        prefix: Put before every name, as in torch.
+        keep_vars: Leave the values attached to the graph, as in torch.
+
+    Raises:
+        ValueError: If a parameter is only a shard, which would be mistaken for the whole.
+    """
+    saved = saved_tensors(module, names)
+    for name, parameter in saved.items():
+        factor = (".lora_A." in name or ".lora_B." in name) and not name.endswith(".bias")
+        if isinstance(parameter, DTensor) or parameter.numel() == 0 or (factor and parameter.ndim < 2):
+            raise InvalidValueError(
+                f"trainer.strategy: expected one that keeps the adapter whole, got a shard of {name} on this process, a "
+                f"{type(parameter).__name__} of shape {tuple(parameter.shape)}. Set it to one of {', '.join(SUPPORTED)}."
+            )
+    return {prefix + name: parameter if keep_vars else parameter.detach() for name, parameter in saved.items()}
+
+
+@torch.no_grad()
+def load_saved_state(module: nn.Module, names: frozenset[str], state: Mapping[str, Tensor]) -> None:
+    """Copy a state into the adapter; the backbone keeps its own.
+
+    Args:
+        module: The module.
+        names: From `adapter_names`.
+        state: From `saved_state`.
+
+    Raises:
+        ValueError: If the tensors are not exactly those of this adapter.
+    """
+    saved = saved_tensors(module, names)
+    require_same_parameters(saved, state)
+    for name, parameter in saved.items():
+        parameter.copy_(state[name])
+
+
+def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Check that a checkpoint has exactly the parameters of this adapter, by name and shape.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    here, there = ({(name, tuple(value.shape)) for name, value in side.items()} for side in (expected, found))
+    if here != there:
+        different = sorted(here ^ there)
+        raise InvalidValueError(
+            f"Checkpoint: expected the adapter parameters of this model, got others: {len(different)} differ, first "
+            f"{different[:2]}. Set model.backbone and model.adapter to what the checkpoint was trained with."
+        )
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
