@@ -1,12 +1,14 @@
 """Does a run that is killed and resumed end like one that never stopped? Real processes, real SIGKILL, every bit compared.
 
     python benchmarks/kill_and_resume.py --times 20 --seed 0
+    python benchmarks/kill_and_resume.py --times 20 --seed 0 --signal SIGTERM --json benchmarks/results/sigterm.jsonl
 
 Trains a tiny random Llama through the command line: dropout, accumulation, reprojection, rank changes, validation, three
 epochs; AdamW and EigenbasisAdam in turn. Each run is killed at a random moment after a random step, every second one while
 a checkpoint is being written, and resumed from last.ckpt to its end. Compared with an untouched run are the adapter, the
 optimizer, the geometry, everything else in the last checkpoint, and every line of the logs but its time stamp. The exit
-code is 1 if a single bit differs.
+code is 1 if a single bit differs. With `--signal` the run is asked to stop instead (SIGTERM, SIGINT), saves no checkpoint but
+the one that the signal has it write, and must end with the usual exit code.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -131,8 +134,14 @@ def train(words: list[str], log: Path) -> None:
     main(words)
 
 
-def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], bool] | None = None) -> bool:
-    """Train in a process of its own, killed as soon as `stop` returns True; return whether it was killed."""
+def run(
+    config: Path,
+    output: Path,
+    resume: bool = False,
+    stop: Callable[[Any], bool] | None = None,
+    signum: signal.Signals = signal.SIGKILL,
+) -> bool:
+    """Train in a process of its own, which gets a signal as soon as `stop` returns True; return whether that ended it."""
     words = ["fit", f"--config={config}", f"--output={output}"]
     if resume:
         words.append(f"--ckpt_path={output / 'checkpoints' / 'last.ckpt'}")
@@ -141,9 +150,11 @@ def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], 
     process.start()
     while process.is_alive() and stop is not None:
         if stop(process):
-            process.kill()
+            os.kill(process.pid or 0, signum)
             process.join()
-            return True
+            if signum == signal.SIGKILL or process.exitcode == 128 + signum:
+                return True
+            break
         time.sleep(0.0005)
     process.join()
     if process.exitcode != 0:
@@ -152,30 +163,37 @@ def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], 
 
 
 def kill_and_resume(
-    config: Path, output: Path, whole: Path, optimizer: str, steps: int, chance: random.Random, writing: bool
+    config: Path,
+    output: Path,
+    whole: Path,
+    optimizer: str,
+    steps: int,
+    chance: random.Random,
+    writing: bool,
+    signum: signal.Signals,
 ) -> Kill:
-    """Kill one run, resume it, and compare it with the run that was never killed."""
+    """Stop one run, resume it, and compare it with the run that was never stopped."""
     pause = chance.uniform(0.0, seconds_per_step(whole))
     checkpoints = output / "checkpoints"
     while True:
         after = chance.randrange(1, steps)
 
         def due(process: Any, after: int = after) -> bool:
-            if steps_logged(output) < after or not (checkpoints / "last.ckpt").exists():
+            if steps_logged(output) < after or (signum == signal.SIGKILL and not (checkpoints / "last.ckpt").exists()):
                 return False
             if writing:
                 return any(name.startswith(".epoch") for name in os.listdir(checkpoints))
             time.sleep(pause)
             return bool(process.is_alive())
 
-        if run(config, output, stop=due):
+        if run(config, output, stop=due, signum=signum):
             break
         remove(output)  # it was faster than the kill
     step = steps_logged(output)
     unfinished = any(path.name.endswith(".unfinished") for path in checkpoints.iterdir())
     resumed_from = read_checkpoint(checkpoints / "last.ckpt")["global_step"]
     run(config, output, resume=True)
-    where = "in a checkpoint" if unfinished else "in a step"
+    where = signum.name if signum != signal.SIGKILL else "in a checkpoint" if unfinished else "in a step"
     return Kill(optimizer.rpartition(".")[2], step, resumed_from, where, *compare(whole, output))
 
 
@@ -266,6 +284,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="Optimizer steps of a run.")
     parser.add_argument("--every_n_steps", type=int, default=2, help="Optimizer steps between two checkpoints.")
     parser.add_argument("--workers", type=int, default=0, help="Data-loader processes.")
+    parser.add_argument(
+        "--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"], help="What stops the runs."
+    )
+    parser.add_argument("--json", type=Path, help="File for the raw numbers, one line a kill.")
     parser.add_argument("--keep", type=Path, help="Folder to leave the runs in.")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -275,21 +297,25 @@ def main() -> int:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        return report(kills(folder, args))
+        return report(kills(folder, args), args.json)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
     """Kill and resume the requested number of runs, and print one line for each."""
     chance = random.Random(args.seed)
-    configs = prepare(folder, args.steps, args.every_n_steps, args.workers)
+    # One that a signal stops has no checkpoint but that of the signal.
+    every_n_steps = args.every_n_steps if args.signal == "SIGKILL" else args.steps
+    configs = prepare(folder, args.steps, every_n_steps, args.workers)
     wholes = {optimizer: folder / f"whole-{path.stem}" for optimizer, path in configs.items()}
     for number in range(args.times):
         optimizer = OPTIMIZERS[number % len(OPTIMIZERS)]
         if not wholes[optimizer].exists():
             run(configs[optimizer], wholes[optimizer])
-        writing = number // len(OPTIMIZERS) % 2 == 1
+        signum = signal.Signals[args.signal]
+        writing = signum == signal.SIGKILL and number // len(OPTIMIZERS) % 2 == 1
+        output = folder / f"killed-{number}"
         kill = kill_and_resume(
-            configs[optimizer], folder / f"killed-{number}", wholes[optimizer], optimizer, args.steps, chance, writing
+            configs[optimizer], output, wholes[optimizer], optimizer, args.steps, chance, writing, signum
         )
         print(
             f"kill {number + 1:2d}  {kill.optimizer:14s}  after step {kill.step:2d}, {kill.where:15s}  resumed from "
@@ -299,9 +325,12 @@ def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
         yield kill
 
 
-def report(found: Iterator[Kill]) -> int:
-    """Print the closing table; return the exit code."""
+def report(found: Iterator[Kill], file: Path | None = None) -> int:
+    """Print the closing table, write the raw numbers; return the exit code."""
     all_kills = list(found)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(kill._asdict()) + "\n" for kill in all_kills), encoding="utf-8")
     print("\n| killed | times | steps | bits: " + " | ".join([*PARTS, "the rest"]) + " | lines of the logs |")
     print("|---" * (5 + len(PARTS)) + "|")
     for where in sorted({kill.where for kill in all_kills}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -14,7 +16,10 @@ from torch import Tensor
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.errors import require
 from grit_lightning.runs.atomic import point_to
+from grit_lightning.runs.folder import CONFIG, run_folder_of
 from grit_lightning.runs.metrics_log import JSONLinesLogger
+from grit_lightning.runs.requeue import requeue, requeue_signal
+from grit_lightning.runs.signals import StoppedBySignal, StopSignals
 from grit_lightning.runs.writing import is_dev_run
 
 LOG_KEY = "grit_log"
@@ -31,22 +36,35 @@ class AdapterCheckpoint(ModelCheckpoint):
     and repeats values that are logged only now and then (ranks, say) at every later step of the epoch. On resume,
     `metrics.jsonl` is cut back to where it was, and gets exactly the lines that an uninterrupted run would have written.
 
+    While it trains, Ctrl-C, SIGTERM and SLURM's requeue signal let the step under way end, and the validation if one
+    follows; the run is then saved and ends with the usual exit code (130, 143), on all processes if one has got the signal.
+    A second Ctrl-C ends it at once. A requeued SLURM job goes on by itself when it is started with the same command.
+
     Args:
         dirpath: Folder of the checkpoints; None is `checkpoints/` in the run's folder.
         every_n_steps: Optimizer steps between two checkpoints.
         keep_last: How many of the newest to keep.
+        save_on_signal: Whether signals are handled so. False leaves them to Lightning, which stops without a checkpoint.
 
     Raises:
         ValueError: If a number is less than 1.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50, keep_last: int = 1) -> None:
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every_n_steps: int = 50,
+        keep_last: int = 1,
+        save_on_signal: bool = True,
+    ) -> None:
         """Check and remember the settings."""
         for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
             require("AdapterCheckpoint", name, value >= 1, "an integer ≥ 1", value)
         super().__init__(dirpath, save_top_k=0, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
+        self.save_on_signal = save_on_signal
+        self._signals: StopSignals | None = None
         self._seen_step = 0
         self._saved_step = 0
         self._kept: list[str] = []
@@ -62,8 +80,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         make_atomic(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Avoid saving the step that the run resumes from a second time."""
+        """Avoid saving the step that the run resumes from a second time; from now on, stop at a signal."""
         self._seen_step = trainer.global_step
+        if self.save_on_signal and not is_dev_run(trainer):
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            self._signals = StopSignals(requeue_signal(environment))
+            self._signals.install()  # after Lightning has installed its own
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,27 +95,71 @@ class AdapterCheckpoint(ModelCheckpoint):
         if step == self._seen_step or is_dev_run(trainer):
             return
         self._seen_step = step
+        stopped = self._is_stopped(trainer)
         last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
-        if not last and step % self.every_n_steps != 0:
+        if not last and not stopped and step % self.every_n_steps != 0:
             return
         if _validation_follows(trainer, batch_idx):
             self._waits_for_validation = True
             self._step_metrics = _current_metrics(trainer)
-        else:
-            self._save(trainer)
+            return
+        self._save(trainer)
+        if stopped:
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the step that has just been validated, if it is due."""
-        if self._waits_for_validation and trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        stopped = self._is_stopped(trainer)
+        if self._waits_for_validation or (stopped and self._saved_step != trainer.global_step):
             self._save(trainer)
+        if stopped:
+            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing: the last step of the epoch has already been saved."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step of a run that was stopped between two due steps."""
+        """Save the last step of a run that was stopped between two due steps; signals are no longer ours."""
+        self._give_signals_back()
         if self._saved_step != trainer.global_step and not is_dev_run(trainer):
             self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave signals to others."""
+        self._give_signals_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave signals to others."""
+        self._give_signals_back()
+
+    # Stopping.
+
+    def _is_stopped(self, trainer: pl.Trainer) -> bool:
+        """Return whether a process has been asked to stop; a collective."""
+        if not self.save_on_signal:
+            return False
+        asked = self._signals is not None and self._signals.received is not None
+        return asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """Say how to go on, and end this process."""
+        assert self._signals is not None
+        signum = self._signals.received or signal.SIGTERM  # another process has got it
+        is_requeue = signum not in (signal.SIGINT, signal.SIGTERM)
+        if trainer.is_global_zero:
+            folder = run_folder_of(Path(self.last_model_path))
+            words = f"Trainer.fit(..., ckpt_path={self.last_model_path!r})"
+            if folder is not None:
+                words = f"grit fit --config {folder / CONFIG} --ckpt_path {self.last_model_path}"
+            how = requeue() if is_requeue else f"Go on with: {words}"
+            sys.stderr.write(f"\nStopped by {signum.name} after step {trainer.global_step}, which is saved. {how}\n")
+        raise StoppedBySignal(signum)
+
+    def _give_signals_back(self) -> None:
+        if self._signals is not None:
+            self._signals.restore()
 
     # Saving.
 

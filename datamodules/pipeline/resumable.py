@@ -5,6 +5,7 @@ Lightning writes `state_dict()` of the training loader into every checkpoint, an
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -185,6 +186,12 @@ def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
+        "worker_init_fn": _ignore_interrupts if num_workers > 0 else None,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator().manual_seed(seed),  # leaves the global random stream to the model
     }
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to workers too, to the main process: the step under way needs their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from grit_lightning.checkpoints.reading import read_checkpoint
 
 KINDS = ("ddp", "fsdp", "fsdp2")
 SHARDED = ("fsdp", "fsdp2")
@@ -137,3 +140,10 @@ def test_a_case_that_fails_says_why_and_takes_no_other_along(found: Found) -> No
     with pytest.raises(RuntimeError, match="'never heard of' has left no result on process 0"):
         found("never heard of")
     assert found("collectives", 0)["counts"].tolist() == found("collectives", 1)["counts"].tolist()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(found: Found, results: Path) -> None:
+    stops = [found("asked to stop", rank) for rank in (0, 1)]
+    assert [(stop["code"], stop["step"]) for stop in stops] == [(143, 2), (143, 2)]
+    assert all(stop["handler"] == str(signal.SIG_DFL) for stop in stops), "signals are given back"
+    assert read_checkpoint(results / "asked" / "last.ckpt")["global_step"] == 2

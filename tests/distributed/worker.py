@@ -6,6 +6,7 @@ The helpers and the compared run are those of `benchmarks/processes.py`; `in_ste
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,24 @@ def broken(backbone: Path) -> dict[str, str]:
     return {"said": said, "weights": "finite" if finite else "broken"}
 
 
+def asked_to_stop(backbone: Path, folder: Path) -> dict[str, Any]:
+    """Where each process stops when rank one alone gets a signal in its second step, and with which exit code."""
+
+    class Ask(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    module = runs.make_module(backbone, OFTEN)
+    callbacks = [Ask(), AdapterCheckpoint(folder, every_n_steps=100)]
+    trainer = runs.make_trainer("ddp", callbacks=callbacks, enable_checkpointing=True)
+    try:
+        trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
+    except SystemExit as stop:
+        return {"code": stop.code, "step": trainer.global_step, "handler": str(signal.getsignal(signal.SIGTERM))}
+    raise RuntimeError("the run has not stopped")
+
+
 def collectives() -> dict[str, Any]:
     """Our collectives on values that differ between processes; one parameter is used on rank one only, one nowhere."""
     rank = dist.get_rank()
@@ -217,6 +236,7 @@ def cases(out: Path) -> dict[str, Any]:
     found["begun"] = stopped_and_resumed
     found |= {f"{name}-{kind}": partial(variant, name, kind, out) for kind in STRATEGIES for name in VARIANTS}
     found["broken"] = partial(broken, backbone)
+    found["asked to stop"] = partial(asked_to_stop, backbone, out / "asked")
     return found
 
 
