@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 from grit_lightning.backbones.sources import BackboneSource, resolve_source
 from grit_lightning.checkpoints.reading import CHECKPOINT_KEY, read_checkpoint, require_format
 from grit_lightning.errors import InvalidValueError
