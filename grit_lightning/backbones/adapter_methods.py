@@ -28,7 +28,7 @@ REFUSED_METHODS: Mapping[PeftType, str] = {
 """Methods of PEFT that cannot be trained on these batches, with the reason and what to use."""
 
 WITHOUT_GENERATION = (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING, PeftType.SHADOW)
-"""Methods that generate other tokens than their own forward pass finds likeliest (peft 0.21 with transformers 5.24)."""
+"""Methods that generate other tokens than their own forward pass finds likeliest (peft 0.21: it loses a prefix)."""
 
 PREPARED_INITIALISATIONS: Mapping[str, str] = {
     "eva": "the activations of training rows",

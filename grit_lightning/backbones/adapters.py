@@ -62,8 +62,10 @@ def require_plain(model: nn.Module) -> None:
 
 
 def _wrap(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
-    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+    with warnings.catch_warnings():
+        # PEFT asks for a property that transformers has renamed; keys that match nothing are refused afterwards
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         try:
             return get_peft_model(model, adapter, autocast_adapter_dtype=True)
         except _UNUSABLE as error:

@@ -33,7 +33,7 @@ def trained_state(module: nn.Module, prefix: str = "", keep_vars: bool = False) 
     """
     trained = trained_parameters(module)
     for name, parameter in trained.items():
-        factor = ".lora_A." in name or ".lora_B." in name
+        factor = (".lora_A." in name or ".lora_B." in name) and not name.endswith(".bias")  # of lora_bias
         if isinstance(parameter, DTensor) or parameter.numel() == 0 or (factor and parameter.ndim < 2):
             raise InvalidValueError(
                 f"trainer.strategy: expected one that keeps the adapter whole, got a shard of {name} on this process, a "
