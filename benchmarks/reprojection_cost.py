@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, RankSpaceGeometry
 from grit_lightning import functional as F
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.datamodules import GSM8KDataModule
 from grit_lightning.functional import maps_rule
 

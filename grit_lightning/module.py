@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,10 +17,12 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from grit_lightning.accumulation_window import AccumulationWindow
+from grit_lightning.backbones.adapters import attach_adapter
 from grit_lightning.backbones.fingerprint import backbone_fingerprint
 from grit_lightning.backbones.inputs import accepted_arguments, require_context, require_packing
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.backbones.moved_start import places, repeatable_start, start_of
+from grit_lightning.backbones.shapes import empty_backbone, wants_shapes_only
 from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_count, learnt_labels, model_inputs
 from grit_lightning.checkpoints.adapter_state import (
     adapter_names,
@@ -36,12 +39,13 @@ from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_
 from grit_lightning.errors import require
 from grit_lightning.evaluation.choices import choice_scores
 from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
-from grit_lightning.evaluation.datamodule_protocols import HasMaxLength, HasTasks, evaluation_key
+from grit_lightning.evaluation.datamodule_protocols import HasTasks, evaluation_key
 from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluations
 from grit_lightning.evaluation.generation import GenerationSettings
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
+from grit_lightning.preflight import require_adapter_fits, require_data_fits
 
 
 class GritLitModule(pl.LightningModule):
@@ -109,6 +113,7 @@ class GritLitModule(pl.LightningModule):
             "revision": revision,
         }
         self.model: PeftModel | None = None
+        self._has_shapes_only = False
         self.geometry: RankSpaceGeometry | None = None
         self.metrics = ClosedAnswerMetrics()
         settings = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
@@ -133,17 +138,53 @@ class GritLitModule(pl.LightningModule):
 
     # Building.
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Check the strategy, and from shapes alone whether backbone, adapter and data fit each other; add no callback.
+
+        Of all hooks, Lightning calls this one first, when the data module is known and before any data is prepared.
+
+        Raises:
+            MisconfigurationException: If the strategy would split the adapter.
+            ValueError: If the backbone is no causal language model, the adapter does not fit it, or the data module's sequences
+                or tokens do not.
+        """
+        self._forget_shapes()
+        require_supported(self.trainer.strategy)
+        uses = {
+            "geometry": self.geometry_config is not None,
+            "generation": self.answer_evaluations.settings is not None,
+        }
+        model = self.model or require_adapter_fits(self.backbone_options, self.adapter_config, **uses)
+        require_data_fits(model, self._datamodule)
+        return []
+
+    def _forget_shapes(self) -> None:
+        """Drop a model without weights, which Lightning could not move to a device."""
+        if self._has_shapes_only:
+            self.model = self.geometry = None
+            self._has_shapes_only = False
+
     def configure_model(self) -> None:
         """Load the backbone, attach the adapter, find its layers. Does nothing when called again.
+
+        Under `torch.device("meta")`, or Lightning's `empty_init`, the model has shapes only, until the next call elsewhere.
 
         Raises:
             ValueError: If the backbone cannot be found or loaded, or the adapter does not fit it.
         """
+        shapes_only = wants_shapes_only()
+        if not shapes_only:
+            self._forget_shapes()
         if self.model is not None:
             return
+        self._has_shapes_only = shapes_only
         strategy = None if self._trainer is None else self.trainer.strategy
-        sharding = strategy if isinstance(strategy, WholeAdapterStrategy) else None
-        backbone = (load_backbone if sharding is None else sharding.load_backbone)(**self.backbone_options)
+        sharding = strategy if isinstance(strategy, WholeAdapterStrategy) and not shapes_only else None
+        load = empty_backbone if shapes_only else load_backbone if sharding is None else sharding.load_backbone
+        with torch.device("meta") if shapes_only else nullcontext():
+            self._build(load(**self.backbone_options), sharding)
+
+    def _build(self, backbone: PreTrainedModel, sharding: WholeAdapterStrategy | None) -> None:
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
         own, before = [*backbone.parameters(), *backbone.buffers()], places(backbone)
         with repeatable_start(self.adapter_config):
@@ -159,14 +200,12 @@ class GritLitModule(pl.LightningModule):
         self._adapter_names = adapter_names(self, own)
 
     def setup(self, stage: str) -> None:
-        """Check the strategy; get the task's metrics, and the references of generated answers, from the data module.
+        """Get the task's metrics, and the references of generated answers, from the data module.
 
         Raises:
-            MisconfigurationException: If the strategy would split the adapter, or answers should be generated and the data
-                module has no references for them.
+            MisconfigurationException: If answers should be generated and the data module has no references for them.
             OSError: If the encoder of BERTScore cannot be read.
         """
-        require_supported(self.trainer.strategy)
         self.metrics.set_up(self._datamodule)
         self.answer_evaluations.set_up(stage, self._datamodule, self.trainer.strategy.root_device)
 
@@ -196,7 +235,6 @@ class GritLitModule(pl.LightningModule):
         Raises:
             MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner
                 would see scaled ones.
-            ValueError: If the data module's sequences are longer than the model's context.
         """
         if self._scaler is not None:
             for optimizer in self.trainer.optimizers or []:
@@ -205,9 +243,6 @@ class GritLitModule(pl.LightningModule):
                         "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
                         f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
                     )
-        if isinstance(self._datamodule, HasMaxLength):
-            length = self._datamodule.max_length or 0
-            require_context(self.peft_model, length, "the data module's longest sequence", "data.max_length")
         if self.geometry is not None:
             self.geometry.to(self.device)
 

@@ -22,6 +22,7 @@ FLOORS = (
     ("distributed",),
     ("geometry", "accumulation_window"),
     ("optimizers", "checkpoints", "evaluation"),
+    ("preflight",),
     ("module",),
     ("datamodules",),
     ("forgetting",),

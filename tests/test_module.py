@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import get_peft_model
+from peft import OFTConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule
 from grit_lightning.callbacks import RankAdaptation, Reprojection, SpectraLogger
+from grit_lightning.export import export_adapter
 
 Batches = list[dict[str, Tensor]]
 
@@ -375,3 +377,77 @@ def test_trimmed_logits_give_the_same_losses_gradients_and_statistics(
         torch.testing.assert_close(adapter_of(modules[1])[name], value, rtol=1e-3, atol=1e-5)
     for name, view in modules[0].geometry.layers.items():
         torch.testing.assert_close(modules[1].geometry.layers[name].a_cov, view.a_cov, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*`past_key_values`.*:FutureWarning")  # transformers has renamed it, PEFT has not
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        OFTConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_other_peft_methods_train_and_are_evaluated_alike_on_any_padding(
+    make_module: Callable[..., Any], random_batch: Callable[..., Any], tmp_path: Path, adapter: Any
+) -> None:
+    right = random_batch(batch=4, length=12, pad=[0, 2, 5, 1], prompt=2)
+    left = {
+        key: torch.stack([row.roll(n) for row, n in zip(value, [0, 2, 5, 1], strict=True)])
+        for key, value in right.items()
+    }
+    module = make_module(geometry=None, adapter=adapter)
+    module.configure_model()
+    before = adapter_of(module)
+    fit(module, [right] * 2, tmp_path)
+    assert all(not torch.equal(value, before[name]) for name, value in adapter_of(module).items())
+    losses = [
+        trainer(tmp_path).validate(module, loader([batch]), verbose=False)[0]["val/loss"] for batch in (right, left)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*`past_key_values`.*:FutureWarning")
+def test_packed_documents_would_see_each_other_behind_a_prefix(
+    make_module: Callable[..., Any], random_batch: Callable[..., Any], tmp_path: Path
+) -> None:
+    batch = random_batch(batch=2, length=12)
+    batch["position_ids"] = torch.arange(6).repeat(2, 2)
+    module = make_module(geometry=None, adapter=PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"Packed documents: .* got PrefixTuningConfig\. Set data\.packing to false"):
+        fit(module, [batch], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+def test_a_trained_lora_bias_is_in_the_checkpoint(
+    make_module: Callable[..., Any], make_tiny_llama: Any, lora_config: Any, batches: Batches, tmp_path: Path
+) -> None:
+    module, run = make_module(adapter=lora_config(lora_bias=True)), trainer(tmp_path)
+    run.fit(module, loader(batches), loader(batches[:1]))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    restored = GritLitModule.load_from_checkpoint(tmp_path / "run.ckpt", backbone=make_tiny_llama(), weights_only=True)
+    trained = adapter_of(module)
+    assert sum(name.endswith(".bias") and bool(value.any()) for name, value in trained.items()) == 4
+    assert all(torch.equal(value, trained[name]) for name, value in adapter_of(restored).items())
+
+
+@pytest.mark.parametrize("geometry", [None, GeometryConfig(kfac_update_freq=1, kfac_min_samples=1)])
+def test_the_configuration_of_an_exported_adapter_trains_anew(
+    make_module: Callable[..., Any],
+    lora_config: Callable[..., Any],
+    batches: Batches,
+    tmp_path: Path,
+    geometry: GeometryConfig | None,
+) -> None:
+    module = make_module(adapter=lora_config(rank_pattern={"v_proj": 2}))
+    fit(module, batches, tmp_path)
+    export_adapter(module, tmp_path / "adapter")
+    exported = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert exported["inference_mode"]
+    assert exported["rank_pattern"]
+    again = make_module(adapter=exported, geometry=geometry)
+    again.configure_model()
+    before = adapter_of(again)
+    found = fit(again, batches, tmp_path)
+    assert sum(value.numel() for value in found.values()) == module.geometry.effective_parameters
+    assert all(not torch.equal(value, before[name]) for name, value in found.items())

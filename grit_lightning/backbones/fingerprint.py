@@ -48,7 +48,10 @@ def backbone_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and type(parameter) is nn.Parameter and "lora_" not in name
     ]
-    chosen = [dense[i] for i in torch.linspace(0, len(dense) - 1, min(SAMPLED_WEIGHTS, len(dense))).long().tolist()]
+    chosen = [
+        dense[i]
+        for i in torch.linspace(0, len(dense) - 1, min(SAMPLED_WEIGHTS, len(dense)), device="cpu").long().tolist()
+    ]
     return {
         "architecture": {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)},
         "dtype": str(model.dtype),
@@ -58,8 +61,8 @@ def backbone_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 def _sample(tensor: Tensor) -> Tensor:
     if tensor.is_meta:  # rank zero has the values
-        return torch.zeros(VALUES_OF_EACH)
-    places = torch.linspace(0, tensor.numel() - 1, VALUES_OF_EACH, dtype=torch.float64).long()
+        return torch.zeros(VALUES_OF_EACH, device="cpu")
+    places = torch.linspace(0, tensor.numel() - 1, VALUES_OF_EACH, dtype=torch.float64, device="cpu").long()
     return tensor.flatten()[places.to(tensor.device)].float().cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -11,8 +12,14 @@ from grit_lightning.errors import InvalidValueError
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the largest number of tokens that a model takes; None if its configuration does not say."""
-    length: int | None = getattr(model.config, "max_position_embeddings", None)
+    """Return the largest number of tokens that a model takes; None if its configuration does not say.
+
+    The virtual tokens of a prefix take up some of them.
+    """
+    config: Any = model.config
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        length -= model.active_peft_config.num_virtual_tokens
     return length
 
 
@@ -44,12 +51,17 @@ def require_packing(model: nn.Module, accepted: frozenset[str], rows: int) -> No
         rows: Rows of the batch.
 
     Raises:
-        ValueError: If it takes no `position_ids`, or its attention kernel would mix documents up.
+        ValueError: If it takes no `position_ids`, or its attention kernel or adapter would mix documents up.
     """
     if "position_ids" not in accepted:
         raise InvalidValueError(
             "Packed documents: expected a model that takes position_ids, without which they would attend to each other, got "
             f"{type(_base(model)).__name__}, which takes none. Set data.packing to false, so that a row holds one document."
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise InvalidValueError(
+            "Packed documents: expected an adapter without a prefix, behind which they would attend to each other, got "
+            f"{type(model.active_peft_config).__name__}. Set data.packing to false, so that a row holds one document."
         )
     kernel = getattr(model.config, "_attn_implementation", None) or ""
     if "flash" in kernel and rows > 1:

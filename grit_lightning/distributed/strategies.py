@@ -42,7 +42,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from grit_lightning.backbones.loading import empty_backbone, load_backbone
+from grit_lightning.backbones.loading import load_backbone
+from grit_lightning.backbones.shapes import empty_backbone
 from grit_lightning.distributed.collectives import average_gradients, copy_from_first_process
 from grit_lightning.distributed.sharding import materialize, shard_in_units
 from grit_lightning.errors import InvalidValueError

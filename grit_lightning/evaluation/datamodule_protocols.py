@@ -25,6 +25,17 @@ class HasMaxLength(Protocol):
 
 
 @runtime_checkable
+class HasTokenizer(Protocol):
+    """The tokenizer that rows are turned into tokens with; it is compared with the model's embeddings.
+
+    Attributes:
+        tokenizer: Turns texts into tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+@runtime_checkable
 class HasMetrics(Protocol):
     """Metrics of closed answers, updated with predicted classes and targets, int64 `[B]`."""
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from grit_lightning.backbones.loading import attach_adapter
+from grit_lightning.backbones.adapters import attach_adapter
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.export.compaction import CompactAdapter
 

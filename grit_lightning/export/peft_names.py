@@ -12,7 +12,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from grit_lightning.backbones.loading import attach_adapter, empty_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.shapes import empty_backbone
 from grit_lightning.errors import FileAccessError, InvalidValueError
 
 ADAPTER = "default"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -57,6 +57,19 @@ class LoraSite:
     def parameters_per_rank(self) -> int:
         """Adapter parameters that one unit of rank costs: d_in + d_out."""
         return int(self.down.weight.shape[1] + self.up.weight.shape[0])
+
+
+def require_lora(adapter: PeftConfig) -> None:
+    """Check that an adapter's method has the layers that the geometry follows, from its configuration alone.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if adapter.peft_type != PeftType.LORA:
+        raise InvalidValueError(
+            f"model.geometry: expected null, as it follows plain LoRA layers and model.adapter is a {type(adapter).__name__}, "
+            "got a GeometryConfig. Set it to null to train this adapter without geometry, or use a LoraConfig."
+        )
 
 
 def find_lora_sites(model: nn.Module) -> list[LoraSite]:
@@ -104,7 +117,7 @@ def _iterate_sites(model: nn.Module) -> Iterator[LoraSite]:
             found = f"{type(module).__name__} {variant}".rstrip()
             raise InvalidValueError(
                 f"Layer '{name}': expected a plain linear LoRA layer, got {found}. "
-                "Remove it from `adapter.target_modules` (or switch off use_dora), or set `geometry: null`."
+                "Remove it from `adapter.target_modules`, switch its variant off (use_dora …), or set `geometry: null`."
             )
         yield LoraSite(name, down, module.lora_B[active[0]], module.get_base_layer(), float(module.scaling[active[0]]))
 

@@ -11,7 +11,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 
 VOCAB_SIZE = 320
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from peft import get_peft_model
 from torch import nn
+from transformers import PreTrainedConfig
 
 from grit_lightning.backbones.inputs import accepted_arguments, context_length, require_context, require_packing
 
@@ -16,7 +16,7 @@ from grit_lightning.backbones.inputs import accepted_arguments, context_length, 
 class Alibi(nn.Module):
     """A model without positions and without a limit."""
 
-    config = SimpleNamespace()
+    config = PreTrainedConfig()
 
     def forward(self, input_ids: Any) -> Any:
         raise AssertionError("never called")

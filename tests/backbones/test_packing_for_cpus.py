@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 
 
 def test_evaluating_a_4_bit_backbone_changes_no_gradient(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone, load_tokenizer
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/nowhere", "a/b/c", "nowhere.gguf", Path("x")])

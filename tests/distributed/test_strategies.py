@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grit_lightning.backbones.loading import empty_backbone
+from grit_lightning.backbones.shapes import empty_backbone
 from grit_lightning.distributed.collectives import (
     average_gradients,
     copy_from_first_process,

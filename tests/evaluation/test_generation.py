@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.batches import left_padded_prompts
 from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
 from grit_lightning.geometry.config import GeometryConfig

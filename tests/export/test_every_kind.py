@@ -52,7 +52,6 @@ WHOLE: dict[str, PeftConfig] = {
     "layer norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
 }
 UNMERGED: dict[str, PeftConfig] = {
-    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 

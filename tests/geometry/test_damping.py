@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from grit_lightning import GeometryConfig, RankSpaceGeometry
-from grit_lightning.backbones.loading import attach_adapter, load_backbone
+from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.geometry.quantization import relative_quantization_noise
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="NF4 layers come from bitsandbytes")
