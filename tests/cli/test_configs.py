@@ -216,7 +216,7 @@ def test_a_run_records_its_settings_and_not_what_they_extend(tiny: list[str]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: nosuch", r"mine\.yaml extends nosuch: expected a file or one of the shipped configurations"),
+        ("extends: nosuch", r"mine\.yaml extends nosuch: expected a file or the name of a shipped configuration"),
         (
             "extends: other.yaml",
             r"mine\.yaml: expected `extends` to lead to other files, got .*mine\.yaml → .*other\.yaml → .*mine\.yaml",
@@ -232,7 +232,7 @@ def test_what_cannot_be_extended_is_refused_in_one_sentence(
     Path("other.yaml").write_text("extends: [mine.yaml]")
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config=mine.yaml"])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grit: error: ")]
     assert re.search(message, line)
 
 
@@ -244,5 +244,7 @@ def test_a_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nosuch: expected .*, ablations/fixed_rank, .*, demo.*, got neither"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nosuch: expected .* got neither\. Shipped are .*/fixed_rank, .*, demo"
+    ):
         find_config("nosuch")
