@@ -15,20 +15,13 @@ from grit_lightning import __version__
 from grit_lightning.cli.eval_harness import harness_command
 from grit_lightning.cli.export import export_command
 from grit_lightning.cli.prepare import prepare_command
-from grit_lightning.cli.run_words import settle
+from grit_lightning.cli.run_words import SUBCOMMANDS, settle
 from grit_lightning.cli.terminal import one_line_errors, silence_known_noise, take_verbose_errors, usage_error
 from grit_lightning.configs import shipped_configs
 from grit_lightning.errors import did_you_mean
 
-RUNS = {
-    "fit": "Train an adapter.",
-    "validate": "Evaluate on the validation data.",
-    "test": "Evaluate on the test data, with generated answers where the settings ask for them.",
-    "predict": "Generate answers to the prediction data.",
-}
-"""What a Trainer does, and what each does."""
 COMMANDS = {"export": export_command, "prepare": prepare_command, "eval-harness": harness_command}
-PURPOSES = RUNS | {
+PURPOSES = SUBCOMMANDS | {
     "export": "Write a trained adapter for plain PEFT and transformers, or merge it into the model.",
     "prepare": "Download a task's data, check them, and write them into a folder.",
     "eval-harness": "Evaluate a trained adapter with EleutherAI's lm-evaluation-harness.",
@@ -59,7 +52,7 @@ def _run(words: Sequence[str]) -> None:
         sys.stdout.write(f"grit {__version__}\n")
     elif first in COMMANDS:
         COMMANDS[first](words[1:])
-    elif first in RUNS:
+    elif first in SUBCOMMANDS:
         settled = settle(first, words[1:])
         from grit_lightning.cli.run import GritCLI  # the first import of torch
 

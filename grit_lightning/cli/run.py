@@ -29,7 +29,7 @@ from grit_lightning.callbacks.step_timer import StepTimer
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import model_settings
 from grit_lightning.cli.run_parser import ConfigByName, RunParser, with_names_left_out, with_nested_help
-from grit_lightning.cli.run_words import DEFAULT_SEED
+from grit_lightning.cli.run_words import DEFAULT_SEED, SUBCOMMANDS
 from grit_lightning.errors import InvalidValueError, did_you_mean
 from grit_lightning.module import GritLitModule
 from grit_lightning.runs.folder import (
@@ -70,7 +70,7 @@ class GritCLI(LightningCLI):
                 auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
                 load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
                 parser_class=RunParser,
-                parser_kwargs={name: _about(name) for name in self.subcommands()},
+                parser_kwargs={"prog": "grit", **{name: _about(name) for name in self.subcommands()}},
             )
         except BaseException:
             self._leave_nothing_half_written()
@@ -277,14 +277,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _about(subcommand: str) -> dict[str, str]:
-    """Return how the help of a subcommand begins."""
-    purpose = {
-        "fit": "Train an adapter, and with --evaluate_before_fit evaluate it before and after.",
-        "validate": "Evaluate on the validation data.",
-        "test": "Evaluate on the test data.",
-        "predict": "Generate answers to the prediction data.",
-    }
-    return {"usage": "%(prog)s [--config NAME] [--help] [options]", "description": purpose[subcommand]}
+    """Return how the help of a subcommand begins; a usage in full would bury what follows it."""
+    usage = f"grit {subcommand} [--config NAME ...] [options]"
+    return {"usage": usage, "description": SUBCOMMANDS[subcommand]}
 
 
 def _refusal_behind(error: BaseException) -> ValueError | None:

@@ -18,6 +18,13 @@ from grit_lightning.configs import find_config, with_extended
 from grit_lightning.errors import InputError, InvalidValueError, MissingFileError
 from grit_lightning.runs.folder import CHECKPOINTS, CONFIG, LAST, default_folder, run_folder_of
 
+SUBCOMMANDS = {
+    "fit": "Train an adapter, and evaluate it before and after if --evaluate_before_fit is set.",
+    "validate": "Evaluate on the validation data.",
+    "test": "Evaluate on the test data, with generated answers if --model.generation is set.",
+    "predict": "Generate answers to the prediction data.",
+}
+"""What a Trainer does, and what each does."""
 DEFAULT_SEED = 42
 _LIGHTNINGS_NAMES = ("hpc", "registry")
 """Checkpoints that Lightning finds by itself; what follows a colon is up to it."""

@@ -173,6 +173,18 @@ def test_testing_a_checkpoint_adds_to_its_run(boolq_dir: Path) -> None:
     assert Path("a/config.yaml").read_text() == config
 
 
+@COPIED
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    "words", [["--ckpt_path=a/checkpoints/last.ckpt"], ["--ckpt_path=last", "--output=a"]], ids=["path", "last"]
+)
+def test_a_checkpoint_alone_is_tested_with_the_settings_of_its_run(words: list[str]) -> None:
+    main(["test", *words])
+    assert {"val/accuracy", "test/accuracy"} <= set(json.loads(Path("a/summary.json").read_text())["metrics"]["after"])
+    assert {path.name for path in Path().iterdir()} <= {"a", "cache"}  # not where config.yaml says it was trained
+
+
 BAREBONES = ("barebones=true", "callbacks=null", "log_every_n_steps=null", "num_sanity_val_steps=null")
 
 
