@@ -8,6 +8,7 @@ explanation; if all leaves only say which types do not fit, the innermost type i
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 import os
@@ -94,9 +95,10 @@ def explain(message: str, options: Mapping[str, str], words: Iterable[str] = ())
     return None
 
 
-def _option_without_value(option: str, words: list[str]) -> str:
+def _option_without_value(names: str, words: list[str]) -> str:
+    option = next((name for name in names.split("/") if name.startswith("--")), names)
     for word, after in zip(words, [*words[1:], "--"], strict=True):
-        if word.startswith(f"{option.split('/')[-1]}.") and "=" not in word and after.startswith("--"):
+        if word.startswith(f"{option}.") and "=" not in word and after.startswith("--"):
             return word
     return option
 
@@ -255,21 +257,21 @@ def _class_names(types: str) -> list[str]:
 
 
 def _settings_of(class_path: str) -> list[str]:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         return sorted(ArgumentParser(exit_on_error=False).add_class_arguments(_import(class_path), fail_untyped=False))
-    except (TypeError, ValueError):
-        return []
+    return []
 
 
 def _type_of(class_path: str, argument: str) -> str:
     """Return the type of a class's argument as the parser writes it."""
-    try:
+    with contextlib.suppress(KeyError, NameError, TypeError):
         return str(get_type_hints(getattr(_import(class_path), "__init__", None))[argument])
-    except (KeyError, NameError, TypeError):
-        return ""
+    return ""
 
 
 def _import(path: str) -> Any:
     """Import what the parser has imported before; None if there is nothing of the name."""
-    module, dot, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name, None) if dot else None
+    module, _, name = path.rpartition(".")
+    with contextlib.suppress(ImportError, ValueError):
+        return getattr(importlib.import_module(module), name, None)
+    return None

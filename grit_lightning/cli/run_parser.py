@@ -96,13 +96,15 @@ def _class_path(value: Any) -> str | None:
 def with_names_left_out(words: Sequence[str]) -> list[str]:
     """Let every `--without` add to those before it, whether it holds one name or a list of them; `[]` forgets them."""
     found: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option != "--without" or not (equals or (value := next(rest, ""))):
-            found.append(word)
-        elif value.strip().startswith("["):
-            found.append(f"--without{'' if value.strip('[ ]') == '' else '+'}={value}")
+    rest = list(words)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option == "--without" and not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        if option != "--without" or not value:
+            found.append(f"{option}{equals}{value}")
+        elif value.strip("[ ]"):
+            found.append(f"--without+=[{value.strip('[ ]')}]")
         else:
-            found.append(f"--without+=[{value}]")
+            found.append("--without=[]")
     return found

@@ -132,8 +132,8 @@ class GivenWords:
 
     def setting(self, name: str) -> Any:
         """Return what was given last, None if nothing was."""
-        if self.options.get(name) is not None:
-            return self.options[name]
+        if (option := self.options.get(name)) is not None:
+            return None if option == "null" else option
         for content in reversed(self.contents):
             value: Any = content
             for key in name.split("."):
@@ -145,12 +145,14 @@ class GivenWords:
     @property
     def names_data(self) -> bool:
         """Whether a data module is chosen; settings of one do not choose it."""
-        return self.setting("data") is not None or any(word.startswith("--data.class_path") for word in self.words)
+        given = [self.options["data"], *(content.get("data") for content in self.contents)]
+        chosen = [data.get("class_path") if isinstance(data, dict) else data for data in given]
+        return any(chosen) or any(word.startswith("--data.class_path") for word in self.words)
 
     @property
     def run_folder(self) -> Path | None:
         """Where the run is that these words name; None if they name none."""
-        if self.options["output"]:
+        if self.options["output"] not in (None, "null"):
             return Path(self.options["output"])
         for path in reversed([Path(name) for name in self.configs]):
             if path.name == CONFIG and (path.parent / CHECKPOINTS).is_dir():

@@ -26,6 +26,7 @@ WRONG = {
     "--modell.backbone=x": "--modell.backbone: there is no such option. Did you mean `--model.backbone`?",
     "extra": "extra: expected an option such as --config, got a word that belongs to none.",
     "--trainer.max_steps": "--trainer.max_steps: expected a value, got none.",
+    "--without": "--without: expected a value, got none.",
     "--model.optimizer.lr": "--model.optimizer.lr: expected a value, got none.",
     # settings of classes
     "--model.trim_logit=true": "model.trim_logit: GritLitModule has no such setting. Did you mean `model.trim_logits`?",
@@ -178,6 +179,7 @@ def test_nested_help_works_by_itself(capsys: pytest.CaptureFixture[str], words: 
         (["--without", "A", "--without=B"], ["--without+=[A]", "--without+=[B]"]),
         (["--without=A,B"], ["--without+=[A,B]"]),
         (["--without", "[A, B]"], ["--without+=[A, B]"]),
+        (["--without", "--config=demo"], ["--without", "--config=demo"]),  # its value is missing, as the parser says
         (["--without=[]", "--x"], ["--without=[]", "--x"]),
     ],
 )

@@ -25,7 +25,6 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-OWN = ["--config=runs/a/config.yaml", "--output=runs/a"]
 LAST = "runs/a/checkpoints/last.ckpt"
 
 
@@ -35,7 +34,8 @@ def test_the_run_of_a_checkpoint_says_the_settings(stage: str) -> None:
     folder = str(Path("runs/a").resolve())
     own = [f"--config={folder}/config.yaml", f"--output={folder}"]
     assert settle(stage, ["--ckpt_path", LAST]) == [*own, "--ckpt_path", LAST]
-    more = ["--config=strategy/ddp", "--data.batch_size=2", f"--ckpt_path={LAST}"]  # neither chooses data
+    Path("small.yaml").write_text("data: {init_args: {batch_size: 2}}")
+    more = ["--config=strategy/ddp", "--config=small.yaml", "--data.seed=2", f"--ckpt_path={LAST}"]  # none chooses data
     assert settle(stage, more) == [*own, *more]
 
 
@@ -93,6 +93,12 @@ def test_a_run_without_a_last_checkpoint_is_one_sentence(words: list[str]) -> No
     Path("runs/b").mkdir(parents=True)
     with pytest.raises(MissingFileError, match=r"--ckpt_path last: expected runs/.*/last.ckpt, got no such file\."):
         settle("test", [*words, "--ckpt_path", "last"])
+
+
+def test_null_is_no_checkpoint() -> None:
+    Path("resumed.yaml").write_text("extends: demo\nckpt_path: gone.ckpt\n")
+    words = ["--config=resumed.yaml", "--ckpt_path=null"]
+    assert settle("fit", words) == words
 
 
 def test_a_checkpoint_outside_a_run_needs_data() -> None:
