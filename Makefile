@@ -1,7 +1,7 @@
 # make demo    fine-tunes SmolLM2-135M on BoolQ: minutes on a laptop, no account and no GPU needed
 # make test    the test suite            make lint    ruff, mypy
-# make train TASK=boolq MODEL=llama-3.2-3b SEED=42 CFG="paths or names" OUT=runs/mine     (all but TASK may be left out)
-# make eval TASK=boolq CKPT=runs/mine/checkpoints/last.ckpt
+# make train TASK=boolq MODEL=llama-3.2-3b SEED=42 OUT=runs/mine     or CFG="paths or names" in place of TASK and MODEL
+# make eval CKPT=runs/mine/checkpoints/last.ckpt    as the run's own config.yaml says; CFG="..." is laid over it
 # Everything runs in $(VENV), made on first use with the versions of constraints.txt; CONSTRAINTS= takes the newest ones.
 
 PYTHON ?= python3
@@ -16,7 +16,24 @@ TASK ?= boolq
 # over it, on the paper's schedule of the task for the paper's models.
 CFG ?= $(if $(filter llama%,$(MODEL)),paper/)$(TASK)$(if $(MODEL), models/$(subst -,_,$(subst llama-,llama,$(MODEL))))
 CONFIGS = $(foreach config,$(CFG),--config $(config))
+RUN = $(if $(filter last,$(CKPT)),$(OUT),$(patsubst %/checkpoints/,%,$(dir $(CKPT))))
 ARGS ?=
+
+# A setting that would do nothing is refused, before anything is installed.
+given = $(strip $(foreach setting,$(1),$(if $(filter command environment,$(firstword $(origin $(setting)))),$(setting))))
+typed = $(strip $(foreach setting,$(1),$(if $(filter command,$(firstword $(origin $(setting)))),$(setting))))
+GOALS := $(filter demo train eval,$(MAKECMDGOALS))
+READ_BY_demo := ARGS
+READ_BY_train := TASK MODEL SEED CFG OUT ARGS
+READ_BY_eval := CKPT CFG OUT ARGS
+$(foreach goal,$(GOALS),$(foreach setting,$(filter-out $(READ_BY_$(goal)),$(call typed,TASK MODEL SEED CFG OUT CKPT)),\
+  $(error $(setting): `make $(goal)` reads $(READ_BY_$(goal)) only, got $(setting)=$($(setting)))))
+ifneq ($(and $(filter train,$(GOALS)),$(call given,CFG),$(call given,TASK MODEL)),)
+  $(error CFG: expected CFG, or TASK and MODEL, got both. CFG="paper/boolq models/llama3.2_3b" is TASK=boolq MODEL=llama-3.2-3b)
+endif
+ifneq ($(filter eval,$(GOALS)),)
+  $(if $(CKPT),,$(error CKPT: expected a checkpoint, got none. make eval CKPT=runs/mine/checkpoints/last.ckpt))
+endif
 
 .PHONY: help install demo test lint format train eval constraints clean FORCE
 .DEFAULT_GOAL := help
@@ -65,8 +82,7 @@ train: $(VENV)/.installed
 	$(BIN)/grit fit $(CONFIGS) $(if $(SEED),--seed_everything $(SEED)) $(if $(OUT),--output $(OUT)) $(ARGS)
 
 eval: $(VENV)/.installed
-	@test -n "$(CKPT)" || { echo "make eval needs CKPT=path/to/checkpoint.ckpt"; exit 2; }
-	$(BIN)/grit test $(CONFIGS) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
+	$(BIN)/grit test $(if $(call given,CFG),--config $(RUN)/config.yaml $(CONFIGS)) --ckpt_path $(CKPT) $(if $(OUT),--output $(OUT)) $(ARGS)
 
 constraints:
 	rm -rf $(VENV)

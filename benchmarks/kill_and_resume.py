@@ -292,7 +292,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    CONTEXT.set_forkserver_preload(["grit_lightning.cli.program"])
+    CONTEXT.set_forkserver_preload(["grit_lightning.cli.run"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.base import GeometryCallback
 from grit_lightning.callbacks.forgetting import ForgettingProbe
 from grit_lightning.callbacks.generation_writer import GenerationWriter
-from grit_lightning.callbacks.progress import GeometryProgressBar
+from grit_lightning.callbacks.progress import GeometryProgressBar, ProgressLines
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.callbacks.run_record import RunRecord
@@ -17,6 +17,7 @@ __all__ = [
     "GenerationWriter",
     "GeometryCallback",
     "GeometryProgressBar",
+    "ProgressLines",
     "RankAdaptation",
     "Reprojection",
     "RunRecord",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from grit_lightning.errors import InvalidValueError, MissingFileError
+from grit_lightning.errors import InvalidValueError, MissingFileError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
 EXTENDS = "extends"
@@ -32,15 +32,21 @@ def find_config(name: str, folder: Path | str = "") -> Path:
         folder: Where a relative path starts; the working folder if not given.
 
     Raises:
-        FileNotFoundError: If it is neither; lists the shipped names.
+        FileNotFoundError: If it is neither; suggests a shipped name, and lists them all.
     """
+
+    def without_folder(known: str) -> str:
+        return known.rpartition("/")[2]
+
     shipped = shipped_configs()
     if (path := Path(folder, name)).is_file():
         return path
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
+    suggestion = did_you_mean(name, shipped) or did_you_mean(name, shipped, without_folder)
     raise MissingFileError(
-        f"{name}: expected a file or one of the shipped configurations, {', '.join(shipped)}, got neither."
+        f"{name}: expected a file or the name of a shipped configuration, got neither.{suggestion} "
+        f"Shipped are {', '.join(shipped)}."
     )
 
 

@@ -6,6 +6,9 @@ that callers in Python may go on writing `except ValueError`. An invariant of ou
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
+
 
 class InputError(Exception):
     """What the user gave cannot be used; the message names what to change."""
@@ -67,3 +70,26 @@ def require(owner: str, setting: str, holds: bool, expected: str, got: object) -
     """
     if not holds:
         raise InvalidValueError(f"{owner}.{setting}: expected {expected}, got {got!r}.")
+
+
+def did_you_mean(given: str, known: Iterable[str], compared: Callable[[str], str] = str) -> str:
+    """Return ' Did you mean `x`?' for the known name that is closest to a given one, an empty text if none is close.
+
+    Args:
+        given: What was given.
+        known: What could have been meant.
+        compared: What of a known name is compared with the given one; all of it if not given.
+
+    Example:
+        >>> did_you_mean("Reprojecton", ["RankAdaptation", "Reprojection"])
+        ' Did you mean `Reprojection`?'
+        >>> did_you_mean("GSM8K", ["BoolQDataModule", "GSM8KDataModule"])
+        ' Did you mean `GSM8KDataModule`?'
+        >>> did_you_mean("nonesuch", ["boolq"])
+        ''
+    """
+    names = {compared(name).casefold(): name for name in known}
+    close = difflib.get_close_matches(given.casefold(), names, n=1, cutoff=0.7)
+    longer = sorted((name for name in names if len(given) > 2 and name.startswith(given.casefold())), key=len)
+    found = [*close, *longer]
+    return f" Did you mean `{names[found[0]]}`?" if found else ""

@@ -55,7 +55,8 @@ def imported(source: str) -> Iterator[str]:
 
 
 def rooms_imported(source: str) -> set[str]:
-    return {room_of(tuple(name.split(".")[1:])) for name in imported(source) if name.split(".")[0] == PACKAGE}
+    names = [name for name in imported(source) if name != f"{PACKAGE}.__version__"]  # a word, no room
+    return {room_of(tuple(name.split(".")[1:])) for name in names if name.split(".")[0] == PACKAGE}
 
 
 def climbing(room: str, source: str) -> set[str]:

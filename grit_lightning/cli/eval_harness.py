@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.backbones.loading import load_backbone, load_tokenizer
-from grit_lightning.checkpoints.reading import model_settings
+from grit_lightning.cli.plain_parser import PlainParser
+from grit_lightning.cli.run_words import named_checkpoint
 from grit_lightning.errors import InvalidValueError, MissingFileError, MissingPackageError
-from grit_lightning.export.card import RunNotes
-from grit_lightning.module import GritLitModule
 from grit_lightning.runs.atomic import write_text
 from grit_lightning.runs.folder import run_folder_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+# Models are loaded by functions that import torch themselves: help and errors can do without it.
 
 
 def harness_command(words: Sequence[str]) -> None:
     """Run `grit eval-harness` with these command-line words."""
-    parser = argparse.ArgumentParser("grit eval-harness", allow_abbrev=False)
-    parser.description = "Evaluate a trained adapter on tasks of EleutherAI's lm-evaluation-harness."
+    parser = PlainParser(
+        "grit eval-harness", "Evaluate a trained adapter on tasks of EleutherAI's lm-evaluation-harness."
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt_path", help="Checkpoint of a run.")
+    source.add_argument("--ckpt_path", help="Checkpoint of a run; `last` for that of the run in --config.")
     source.add_argument("--adapter", help="Folder of an exported adapter, or of any other PEFT adapter.")
+    parser.add_argument("--config", action="append", default=[], help="Configuration of the run, for --ckpt_path last.")
     parser.add_argument("--backbone", help="Backbone, if not the one that the checkpoint or adapter names.")
     parser.add_argument("--tasks", required=True, nargs="+", help="Names of tasks; * stands for any letters.")
     parser.add_argument("--include_path", help="Folder with YAML files of further tasks.")
@@ -42,18 +44,19 @@ def harness_command(words: Sequence[str]) -> None:
         "--apply_chat_template", action="store_true", help="Wrap prompts in the tokenizer's chat template."
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Rows that are evaluated together.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to evaluate.")
+    parser.add_argument("--device", help="Where to evaluate; on the GPU if not given, or on the CPU if there is none.")
     parser.add_argument("--output", help="Folder for the results; the run's or the adapter's if not given.")
     given = parser.parse_args(words)
     _require_harness()
     if given.ckpt_path is not None:
-        model, tokenizer = load_trained(given.ckpt_path, given.backbone)
-        home = run_folder_of(Path(given.ckpt_path)) or Path(given.ckpt_path).parent
+        checkpoint = Path(named_checkpoint(given.ckpt_path, given.config))
+        model, tokenizer = load_trained(str(checkpoint), given.backbone)
+        home = run_folder_of(checkpoint) or checkpoint.parent
     else:
         model, tokenizer = load_adapter(given.adapter, given.backbone)
         home = Path(given.adapter)
     results = evaluate(
-        model.to(given.device),
+        model.to(given.device or _best_device()),
         tokenizer,
         given.tasks,
         include_path=given.include_path,
@@ -114,6 +117,11 @@ def load_trained(checkpoint: str, backbone: str | None = None) -> tuple[PeftMode
         ValueError: It is no checkpoint of `GritLitModule`, names no backbone, or belongs to another one.
         OSError: The backbone cannot be read.
     """
+    from grit_lightning.backbones.loading import load_tokenizer
+    from grit_lightning.checkpoints.reading import model_settings
+    from grit_lightning.export.card import RunNotes
+    from grit_lightning.module import GritLitModule
+
     named = backbone or model_settings(Path(checkpoint))["backbone"]
     if not named:
         raise InvalidValueError(
@@ -137,6 +145,10 @@ def load_adapter(folder: str, backbone: str | None = None) -> tuple[PeftModel, P
         ValueError: The adapter names no backbone.
         OSError: The backbone cannot be read.
     """
+    from peft import PeftConfig, PeftModel
+
+    from grit_lightning.backbones.loading import load_backbone, load_tokenizer
+
     if not (Path(folder) / "adapter_config.json").is_file():
         raise MissingFileError(
             f"--adapter: expected a folder with adapter_config.json, as `grit export` writes it, got {folder}, which has none."
@@ -147,6 +159,12 @@ def load_adapter(folder: str, backbone: str | None = None) -> tuple[PeftModel, P
             f"{folder}: expected the name of a backbone in adapter_config.json, got none. Set --backbone."
         )
     return PeftModel.from_pretrained(load_backbone(named), folder).eval(), load_tokenizer(named)
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _require_harness() -> None:

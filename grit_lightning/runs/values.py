@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from grit_lightning.errors import InvalidTypeError
 
 JSONValue = str | int | float | bool | None | list["JSONValue"] | dict[str, "JSONValue"]
@@ -25,6 +23,7 @@ def jsonable(value: Any) -> JSONValue:
         TypeError: A value is none of these.
 
     Example:
+        >>> import torch
         >>> jsonable({"loss": torch.tensor(0.5), "grad_norm": float("inf"), "accuracy": None})
         {'loss': 0.5, 'grad_norm': 'Infinity', 'accuracy': None}
     """
@@ -38,11 +37,11 @@ def jsonable(value: Any) -> JSONValue:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [jsonable(item) for item in value]
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise InvalidTypeError(
-            f"Expected one number, got a tensor of shape {tuple(value.shape)}. Log its mean, or its elements one by one."
-        )
-    if hasattr(value, "item"):  # tensors and NumPy scalars
+    if hasattr(value, "item"):  # tensors, and NumPy's arrays and scalars; torch is not imported to ask which
+        if math.prod(shape := tuple(value.shape)) != 1:
+            raise InvalidTypeError(
+                f"Expected one number, got a tensor of shape {shape}. Log its mean, or its elements one by one."
+            )
         return jsonable(value.item())
     raise InvalidTypeError(
         f"Expected a number, a string, or nested mappings of them, got {type(value).__name__}: {value!r}."

@@ -1,7 +1,8 @@
 """Shipped configurations, which the tests find by their folder.
 
 Every task has one; each opens with what it is, its command and an override, and trains, alone or laid over another; tasks are
-then tested by their metrics. Those of the paper hold the paper's values, and make chooses among them. A configuration that
+then tested by their metrics. Those of the paper hold the paper's values, and make chooses among them and refuses
+settings that would do nothing. A configuration that
 extends others gives the settings of those files one after the other, records none of it, and is refused if it extends what is
 not there or itself.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,12 @@ def settings(capsys: pytest.CaptureFixture[str], *configs: str) -> dict[str, Any
         main(["fit", *(f"--config={config}" for config in configs), "--print_config"])
     parsed: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     return parsed
+
+
+def dry_run(words: str) -> subprocess.CompletedProcess[str]:
+    """What `make` would do."""
+    command = ["make", "--dry-run", "--no-print-directory", "--directory", str(ROOT), *shlex.split(words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_all_shipped_configs_are_found_and_tested_here() -> None:
@@ -94,15 +102,51 @@ def test_model_overlay_replaces_the_backbone_of_a_task(
         ("train TASK=qnli", ["qnli"]),
         ("train TASK=boolq MODEL=llama-3.2-3b SEED=41 OUT=runs/mine", ["paper/boolq", "models/llama3.2_3b"]),
         ("train TASK=gsm8k MODEL=smollm2-cpu", ["gsm8k", "models/smollm2_cpu"]),
-        ("eval TASK=dolly MODEL=llama3.1_8b CKPT=a.ckpt", ["paper/dolly", "models/llama3.1_8b"]),
+        ("train CFG='paper/dolly models/llama3.1_8b'", ["paper/dolly", "models/llama3.1_8b"]),
     ],
 )
 def test_make_lays_a_model_over_a_task(words: str, configs: list[str]) -> None:
-    command = ["make", "--dry-run", "--directory", str(ROOT), *words.split()]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = dry_run(words).stdout
     assert re.findall(r"--config (\S+)", shown) == configs
     assert all(find_config(name).is_file() for name in configs)
     assert ("--seed_everything 41 --output runs/mine" in shown) == ("SEED" in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("eval CKPT=runs/a/checkpoints/last.ckpt", "grit test --ckpt_path runs/a/checkpoints/last.ckpt"),
+        (
+            "eval CKPT=runs/a/checkpoints/x.ckpt CFG=strategy/ddp",
+            "grit test --config runs/a/config.yaml --config strategy/ddp --ckpt_path runs/a/checkpoints/x.ckpt",
+        ),
+        ("eval CKPT=last OUT=runs/a", "grit test --ckpt_path last --output runs/a"),
+        (
+            "eval CKPT=last OUT=runs/a CFG=strategy/ddp",
+            "grit test --config runs/a/config.yaml --config strategy/ddp --ckpt_path last --output runs/a",
+        ),
+    ],
+)
+def test_make_evaluates_a_run_by_its_own_config(words: str, command: str) -> None:
+    assert f"/{command}" in [" ".join(line.partition("/bin")[2].split()) for line in dry_run(words).stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train CFG=demo TASK=qnli", "CFG: expected CFG, or TASK and MODEL, got both"),
+        ("train CFG=demo MODEL=llama3.2_3b", "CFG: expected CFG, or TASK and MODEL, got both"),
+        ("train CKPT=a.ckpt", "CKPT: `make train` reads TASK MODEL SEED CFG OUT ARGS only, got CKPT=a.ckpt"),
+        ("eval CKPT=a.ckpt TASK=boolq", "TASK: `make eval` reads CKPT CFG OUT ARGS only, got TASK=boolq"),
+        ("eval", "CKPT: expected a checkpoint, got none"),
+        ("demo OUT=runs/mine", "OUT: `make demo` reads ARGS only, got OUT=runs/mine"),
+    ],
+)
+def test_make_refuses_a_setting_that_would_do_nothing(words: str, message: str) -> None:
+    refused = dry_run(words)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stdout == ""
 
 
 @pytest.mark.parametrize("name", inside("ablations"))
@@ -216,7 +260,7 @@ def test_a_run_records_its_settings_and_not_what_they_extend(tiny: list[str]) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: nosuch", r"mine\.yaml extends nosuch: expected a file or one of the shipped configurations"),
+        ("extends: nosuch", r"mine\.yaml extends nosuch: expected a file or the name of a shipped configuration"),
         (
             "extends: other.yaml",
             r"mine\.yaml: expected `extends` to lead to other files, got .*mine\.yaml → .*other\.yaml → .*mine\.yaml",
@@ -232,7 +276,7 @@ def test_what_cannot_be_extended_is_refused_in_one_sentence(
     Path("other.yaml").write_text("extends: [mine.yaml]")
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config=mine.yaml"])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("grit: error: ")]
     assert re.search(message, line)
 
 
@@ -244,5 +288,7 @@ def test_a_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nosuch: expected .*, ablations/fixed_rank, .*, demo.*, got neither"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nosuch: expected .* got neither\. Shipped are .*/fixed_rank, .*, demo"
+    ):
         find_config("nosuch")

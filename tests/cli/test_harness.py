@@ -123,7 +123,7 @@ def test_a_limit_and_an_unknown_task(
             ["--adapter=nowhere"],
             "--adapter: expected a folder with adapter_config.json, as `grit export` writes it, got nowhere,",
         ),
-        (["--ckpt_path=nowhere.ckpt"], "expected a file, got nowhere.ckpt, which does not exist"),
+        (["--ckpt_path=nowhere.ckpt"], "--ckpt_path: expected a checkpoint, got nowhere.ckpt, which does not exist"),
     ],
 )
 def test_what_is_not_there_is_one_line(

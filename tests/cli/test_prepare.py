@@ -16,7 +16,7 @@ import datasets
 import pytest
 
 from grit_lightning import datamodules
-from grit_lightning.cli.prepare import check_split, prepare_command, prepare_task
+from grit_lightning.cli.prepare import check_split, prepare_command, prepare_task, task_names
 from grit_lightning.cli.program import main
 from grit_lightning.datamodules import TASKS, GSM8KDataModule, TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit, column_hash
@@ -88,6 +88,7 @@ def test_every_exported_task_can_be_prepared(capsys: pytest.CaptureFixture[str])
     tasks = {item for item in exported if issubclass(item, TaskDataModule)} - {TaskDataModule}
     assert len(tasks) >= 5
     assert set(TASKS.values()) == tasks
+    assert set(task_names()) == set(TASKS)
     with pytest.raises(SystemExit):
         prepare_command(["--help"])
     assert f"--task {{{','.join(sorted(TASKS))}}}" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Which errors become one line: those about the user's input, and no accident.
 
 - Every `InputError` and Lightning's MisconfigurationException are one line and exit status 1, behind their wrapping too.
-- An accident keeps its traceback, whoever raises it and whatever its builtin class is; so does everything with GRIT_DEBUG=1.
+- An accident keeps its traceback, whoever raises it and whatever its builtin class is.
+- With GRIT_VERBOSE_ERRORS=1 a traceback follows every sentence.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ def test_an_accident_keeps_its_traceback(accident: Callable[[], object], kind: t
 
 
 @pytest.mark.parametrize(("value", "shown"), [("1", InvalidValueError), ("0", SystemExit), ("", SystemExit)])
-def test_debugging_shows_every_traceback(
-    monkeypatch: pytest.MonkeyPatch, value: str, shown: type[BaseException]
+def test_a_traceback_is_shown_behind_the_sentence_if_errors_are_verbose(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str, shown: type[BaseException]
 ) -> None:
-    monkeypatch.setenv("GRIT_DEBUG", value)
+    monkeypatch.setenv("GRIT_VERBOSE_ERRORS", value)
     with pytest.raises(shown), one_line_errors():
         raise InvalidValueError("set x to 1")
+    assert capsys.readouterr().err == "grit: error: set x to 1\n"
