@@ -16,7 +16,7 @@ from torch import Tensor
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.errors import require
 from grit_lightning.runs.atomic import point_to
-from grit_lightning.runs.folder import CONFIG, run_folder_of
+from grit_lightning.runs.folder import run_folder_of
 from grit_lightning.runs.metrics_log import JSONLinesLogger
 from grit_lightning.runs.requeue import requeue, requeue_signal
 from grit_lightning.runs.signals import StoppedBySignal, StopSignals
@@ -152,7 +152,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             folder = run_folder_of(Path(self.last_model_path))
             words = f"Trainer.fit(..., ckpt_path={self.last_model_path!r})"
             if folder is not None:
-                words = f"grit fit --config {folder / CONFIG} --ckpt_path {self.last_model_path}"
+                words = f"grit fit --ckpt_path {self.last_model_path}"
             how = requeue() if is_requeue else f"Go on with: {words}"
             sys.stderr.write(f"\nStopped by {signum.name} after step {trainer.global_step}, which is saved. {how}\n")
         raise StoppedBySignal(signum)

@@ -16,7 +16,13 @@ from grit_lightning.cli.eval_harness import harness_command
 from grit_lightning.cli.export import export_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run_words import SUBCOMMANDS, settle
-from grit_lightning.cli.terminal import one_line_errors, silence_known_noise, take_verbose_errors, usage_error
+from grit_lightning.cli.terminal import (
+    exit_codes_of_signals,
+    one_line_errors,
+    silence_known_noise,
+    take_verbose_errors,
+    usage_error,
+)
 from grit_lightning.configs import shipped_configs
 from grit_lightning.errors import did_you_mean
 
@@ -40,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         os.getcwd() not in sys.path
     ):  # a module beside the data is a class path; last, so that it hides no installed package
         sys.path.append(os.getcwd())
-    with one_line_errors():
+    with one_line_errors(), exit_codes_of_signals():
         _run(words)
 
 

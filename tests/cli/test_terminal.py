@@ -2,17 +2,19 @@
 
 - Every `InputError` and Lightning's MisconfigurationException are one line and exit status 1, behind their wrapping too.
 - An accident keeps its traceback, whoever raises it and whatever its builtin class is.
+- After Ctrl-C and SIGTERM the program exits with 130 and 143, whatever Lightning says.
 - With GRIT_VERBOSE_ERRORS=1 a traceback follows every sentence.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
-from grit_lightning.cli.terminal import one_line_errors
+from grit_lightning.cli.terminal import exit_codes_of_signals, one_line_errors
 from grit_lightning.errors import InputError, InvalidValueError
 
 KINDS = [InputError, *InputError.__subclasses__(), MisconfigurationException]
@@ -70,3 +72,37 @@ def test_a_traceback_is_shown_behind_the_sentence_if_errors_are_verbose(
     with pytest.raises(shown), one_line_errors():
         raise InvalidValueError("set x to 1")
     assert capsys.readouterr().err == "grit: error: set x to 1\n"
+
+
+class SIGTERMException(SystemExit):  # as Lightning calls its own
+    """Stands in for Lightning's."""
+
+
+def _lightnings_answer_to_ctrl_c() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def run() -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "code"),
+    [
+        (_raise(KeyboardInterrupt()), 130),
+        (_lightnings_answer_to_ctrl_c, 130),
+        (_raise(SIGTERMException()), 143),
+        (_raise(SystemExit(2)), 2),
+    ],
+    ids=["before the Trainer", "in a Trainer", "SIGTERM in a Trainer", "no signal"],
+)
+def test_signals_end_the_program_with_the_usual_exit_codes(run: Callable[[], None], code: int) -> None:
+    with pytest.raises(SystemExit) as stopped, exit_codes_of_signals():
+        run()
+    assert stopped.value.code == code
