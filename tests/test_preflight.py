@@ -147,6 +147,20 @@ def test_what_fits_is_read_once_and_starts_from_the_same_random_numbers(
     assert all(torch.equal(value, unchecked[name]) for name, value in checked.items())
 
 
+def test_random_numbers_that_a_method_draws_are_drawn_again(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def draw(*args: Any) -> None:
+        drawn.append(torch.rand(1, device="cpu"))
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr("grit_lightning.preflight.attach_adapter", draw)
+    require_adapter_fits(options_of(tiny_llama), LoraConfig(**LORA), geometry=False, generation=False)
+    assert torch.equal(torch.rand(1), drawn[0])
+
+
 def options_of(source: Any) -> dict[str, Any]:
     return {"source": source, "dtype": "float32", "quantization": None, "revision": None}
 

@@ -96,6 +96,10 @@ def _require_effect(adapter: PeftConfig) -> None:
         raise InvalidValueError(
             "adapter.use_qalora: expected false, as it only acts on GPTQ weights, got true. Set quantization to nf4 instead."
         )
+    if getattr(adapter, "arrow_config", None) is not None:
+        raise InvalidValueError(
+            "adapter.arrow_config: expected null, as Arrow routes between adapters that are trained already, got a config."
+        )
 
 
 def _pattern(adapter: PeftConfig, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from grit_lightning.errors import InvalidValueError
 
 MODULE_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
 """Settings that list names of modules, by their last parts; instead of a list some take a regular expression."""
-TOKEN_IDS = ("trainable_token_indices", "token_indices")
+TOKEN_IDS = ("trainable_token_indices", "token_indices", "alora_invocation_tokens")
 """Settings that list tokens of the vocabulary, some of them by the name of the embedding."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    ArrowConfig,
     CPTConfig,
     LilyConfig,
     LoftQConfig,
@@ -108,6 +109,7 @@ def test_an_initialisation_that_needs_a_gpu_is_refused_without_one(
         ({"lora_dropout": -0.1}, r"lora_dropout: expected a share in \[0, 1\), got -0\.1"),
         ({"task_type": "SEQ_CLS"}, "task_type: expected CAUSAL_LM, .* got SEQ_CLS"),
         ({"use_qalora": True}, "use_qalora: expected false"),
+        ({"arrow_config": ArrowConfig()}, "arrow_config: expected null"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

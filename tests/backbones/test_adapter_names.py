@@ -45,6 +45,7 @@ from grit_lightning.backbones.adapters import attach_adapter
             r"trainable_token_indices: expected token ids from 0 to 319, .* \[320\]",
         ),
         ({"trainable_token_indices": {"embed_tokens": [-1]}}, r"trainable_token_indices: .* got \[-1\]"),
+        ({"alora_invocation_tokens": [5, 321]}, r"alora_invocation_tokens: .* got \[321\]"),
         ({"trainable_token_indices": {"embeddings": [5]}}, r"trainable_token_indices: .* got \['embeddings'\]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
