@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from peft import IA3Config, LoraConfig
 
 from grit_lightning import GritLitModule
-from grit_lightning.callbacks import StepTimer
+from grit_lightning.callbacks import GeometryProgressBar, ProgressLines, StepTimer
 from grit_lightning.cli.program import main
 from grit_lightning.cli.run import GritCLI
 
@@ -97,6 +98,15 @@ def test_every_run_is_timed_by_one_timer(
     built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, *words])
     (timer,) = (callback for callback in built.trainer.callbacks if isinstance(callback, StepTimer))
     assert timer.every_n_steps == (50 if words else None)  # one that nobody has configured logs nothing
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, GeometryProgressBar), (False, ProgressLines)])
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tiny: list[str], terminal: bool, kind: type[ProgressBar]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, "--trainer.enable_progress_bar=true"])
+    assert [type(callback) for callback in built.trainer.callbacks if isinstance(callback, ProgressBar)] == [kind]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
-from grit_lightning.cli.terminal import exit_codes_of_signals, one_line_errors
+from grit_lightning.cli.terminal import (
+    exit_codes_of_signals,
+    one_line_errors,
+    silence_known_noise,
+    take_verbose_errors,
+)
 from grit_lightning.errors import InputError, InvalidValueError
 
 KINDS = [InputError, *InputError.__subclasses__(), MisconfigurationException]
@@ -72,6 +78,24 @@ def test_a_traceback_is_shown_behind_the_sentence_if_errors_are_verbose(
     with pytest.raises(shown), one_line_errors():
         raise InvalidValueError("set x to 1")
     assert capsys.readouterr().err == "grit: error: set x to 1\n"
+
+
+def test_the_switch_for_verbose_errors_is_taken_out_of_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRIT_VERBOSE_ERRORS", raising=False)
+    assert take_verbose_errors(["fit", "--config=demo"]) == ["fit", "--config=demo"]
+    assert "GRIT_VERBOSE_ERRORS" not in os.environ
+    assert take_verbose_errors(["fit", "--verbose-errors", "--config=demo"]) == ["fit", "--config=demo"]
+    assert os.environ["GRIT_VERBOSE_ERRORS"] == "1"  # for the processes of this run too
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loading_bars_are_drawn_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    switches = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for switch in switches:
+        monkeypatch.delenv(switch, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    silence_known_noise()
+    assert [os.environ.get(switch) for switch in switches] == [None if terminal else "1"] * 3
 
 
 class SIGTERMException(SystemExit):  # as Lightning calls its own
