@@ -1,7 +1,7 @@
 """Trains one case as a user would, and says what came of it.
 
-A case works if everything that a user relies on holds: finite losses, as many optimizer steps as were asked for, an adapter that
-has moved, a geometry that has heard its layers, a checkpoint that gives the trained model back in another process' random state,
+A case works if everything that a user relies on holds: finite losses, as many optimizer steps as were asked for, an adapter
+that has moved, a geometry that has heard its layers, a checkpoint that gives the trained model back whatever the random state,
 and, where it is asked for, an export that plain PEFT loads as the same model.
 """
 
@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import grit_lightning
 from grit_lightning import GeometryConfig, GritLitModule
@@ -38,17 +40,21 @@ FAULTS = (REFUSED_LATE, CRASHES, WRONG)
 """Outcomes that no row should have: time is lost, or what is there is not what was asked for."""
 
 STEPS, ROWS, TOKENS = 4, 2, 12
+MARKED = (5, 6)
+"""Tokens that every row has, for methods that train or wait for some tokens only."""
 LEARNING_RATE = 1e-2
-SHARE_OF_WHAT_WAS_LEARNT = 0.05
+TOLERANCE = 0.05
 """Part of the learnt change of the logits that a reloaded model may be off by; 1 if nothing was reloaded."""
-LONGEST_SENTENCE = 280
+LONGEST_SENTENCE = 240
 
 Batch = dict[str, Tensor]
 
 
 def lora(**settings: Any) -> LoraConfig:
     """Rank 4 on every linear layer, as most people start."""
-    return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings))
+    return LoraConfig(
+        **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ class Case:
         trainer: Makes settings of the Trainer, callbacks among them.
         fit: What to call instead of `trainer.fit(module, loader, validation_loader)`.
         loader: Makes the training data.
-        steps: Optimizer steps that are asked for.
+        steps: Optimizer steps that are asked for; None if nobody can know.
+        check: Looks whether what is special about the case has happened, and raises with `require` if it has not.
+        resumes: Whether a run that is stopped after its first epoch and resumed must give the same weights.
         exports: Whether an export is a part of the case.
         needs: What must be there, or the case is skipped: `package`, or `package:attribute`.
     """
@@ -75,7 +83,9 @@ class Case:
     trainer: Callable[[], dict[str, Any]] = dict
     fit: Callable[[Trainer, GritLitModule, Any, Any], None] = lambda trainer, *rest: trainer.fit(*rest)
     loader: Callable[[], Any] = lambda: loader()
-    steps: int = STEPS
+    steps: int | None = STEPS
+    check: Callable[[Run], None] = lambda run: None
+    resumes: bool = False
     exports: bool = False
     needs: str = ""
 
@@ -99,6 +109,7 @@ def batches(count: int = STEPS) -> list[Batch]:
     made = []
     for _ in range(count):
         ids = torch.randint(3, VOCAB_SIZE - 8, (ROWS, TOKENS), generator=generator)  # the last ids stand for images
+        ids[:, 1:3] = torch.tensor(MARKED)
         real = torch.arange(TOKENS) < torch.tensor([[TOKENS], [TOKENS - 3]])
         ids = ids.masked_fill(~real, 0)
         made.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)})
@@ -132,10 +143,18 @@ def _attempt(case: Case, models: TinyModels, folder: Path, geometry: GeometryCon
     with _warnings_of_ours() as said:
         try:
             module, settings = _module(case, models, geometry), case.trainer()
-            losses = _Losses()
-            trainer = _trainer(folder, settings | {"callbacks": [*settings.get("callbacks", ()), losses]}, case.steps)
-            notes = _train(case, trainer, module, losses, models, folder)
-            exported, why = _export(module, folder) if case.exports else ("", "")
+            run = Run(case, module)
+            watching = [*settings.get("callbacks", ()), run]
+            if case.resumes:
+                every_epoch = {"every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": True}
+                watching.append(ModelCheckpoint(folder, filename="{epoch}", **every_epoch))
+                settings["enable_checkpointing"] = True
+            try:
+                trainer = _trainer(folder, settings | {"callbacks": watching})
+            except (ValueError, ImportError) as error:  # Lightning refuses its own settings, before it knows of ours
+                return Outcome(REFUSED, words=_sentence(str(error)))
+            notes = _train(run, trainer, models, folder)
+            exported, why = _export(run, folder) if case.exports else ("", "")
         except (InputError, MisconfigurationException) as error:
             late = trainer is not None and trainer.global_step > 0
             return Outcome(REFUSED_LATE if late else REFUSED, words=_sentence(str(error)))
@@ -167,50 +186,87 @@ def _module(case: Case, models: TinyModels, geometry: GeometryConfig | None) -> 
     return GritLitModule(adapter=case.adapter(), geometry=geometry, **settings)
 
 
-def _trainer(folder: Path, settings: Mapping[str, Any], steps: int) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+def _trainer(folder: Path, settings: Mapping[str, Any]) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     machine = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
-    return Trainer(**(machine | quiet | {"max_steps": steps, "log_every_n_steps": 1} | dict(settings)))
+    return Trainer(**(machine | quiet | {"max_steps": STEPS} | dict(settings)))
 
 
-def _train(
-    case: Case, trainer: Trainer, module: GritLitModule, losses: _Losses, models: TinyModels, folder: Path
-) -> list[str]:
+def _train(run: Run, trainer: Trainer, models: TinyModels, folder: Path) -> list[str]:
     """Fit, check everything that a user relies on, and return what is to be said beside 'works'."""
+    case, module = run.case, run.module
     case.fit(trainer, module, case.loader(), loader(1))
-    _require(len(losses.values) > 0 and all(map(torch.isfinite, losses.values)), f"losses are {losses.values}")
-    _require(trainer.global_step == case.steps, f"{trainer.global_step} optimizer steps instead of {case.steps}")
-    notes = [*_left_out(module), *_moved(module, losses.start), *_heard(module)]
+    require(len(run.losses) > 0 and all(map(torch.isfinite, run.losses)), f"the losses are {run.losses}")
+    steps = trainer.global_step
+    require(case.steps in (None, steps), f"{steps} optimizer steps instead of {case.steps}")
+    notes = [*_left_out(module), *_moved(run), *_heard(run)]
+    case.check(run)
     _require_no_look_ahead(module)
-    _reloads(case, trainer, module, losses.logits, models, folder)
+    _require_reloading(run, trainer, models, folder)
+    if case.resumes:
+        _require_resuming(run, models, folder)
     return notes
 
 
-class _Losses(Callback):
-    """Keeps every loss, and the trained parameters and the logits before the first step."""
+class Run(Callback):
+    """Watches one run.
 
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
+    Attributes:
+        losses: Of every micro-batch.
+        rates: Learning rates of the first group, of every optimizer step.
+        start: Trained parameters before the first step.
+        end: Trained parameters after the last one.
+        logits: What the model says before the first step.
+        fits: How often training has started.
+        tokens: Real tokens since it last did.
+        last_rate: Learning rate after the last step.
+    """
+
+    def __init__(self, case: Case, module: GritLitModule) -> None:
+        self.case, self.module = case, module
+        self.losses: list[Tensor] = []
+        self.rates: list[float] = []
+        self.fits = self.tokens = 0
+        self.last_rate = 0.0
         self.start: dict[str, Tensor] = {}
+        self.end: dict[str, Tensor] = {}
         self.logits = torch.zeros(())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.start:  # the learning rate finder starts more than once
-            self.start = {name: value.detach().clone() for name, value in _trained(pl_module)}
-            self.logits = logits(pl_module)
+        self.losses, self.rates, self.tokens = (
+            [],
+            [],
+            0,
+        )  # a finder of learning rates or batch sizes may have run before
+        self.fits += 1
+        if not self.start:
+            self.start = self.trained()
+            self.logits = logits(self.module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.values.append(outputs["loss"].detach())
+        self.losses.append(outputs["loss"].detach())
+        self.end = self.trained()
+        self.tokens += int(batch["attention_mask"].sum())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return a copy of the trained parameters by name."""
+        return {name: value.detach().clone() for name, value in self.module.named_parameters() if value.requires_grad}
 
 
-def _trained(module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    named = module.named_parameters()
-    return ((name.replace("_orig_mod.", ""), parameter) for name, parameter in named if parameter.requires_grad)
-
-
-def _require(holds: bool, found: str) -> None:
+def require(holds: bool, found: str) -> None:
     if not holds:
         raise _WrongError(found)
 
@@ -232,29 +288,30 @@ def _left_out(module: GritLitModule) -> list[str]:
     return [f"Not adapted: {_kinds(matrices)}."] if matrices else []
 
 
-def _moved(module: GritLitModule, start: Mapping[str, Tensor]) -> list[str]:
+def _moved(run: Run) -> list[str]:
     """Check that training has changed the adapter; name the kinds of layers where it has not."""
-    now = dict(_trained(module))
-    still = [name for name, before in start.items() if name in now and torch.equal(before, now[name].to(before.dtype))]
-    _require(len(still) < len(start), f"none of the {len(start)} trained tensors has moved")
-    return [f"Not moved: {_kinds(still)} ({len(still)} of {len(start)} tensors)."] if still else []
+    now = run.trained()
+    still = [name for name, before in run.start.items() if torch.equal(before, now[name])]
+    require(len(still) < len(now), f"none of the {len(now)} trained tensors has moved")
+    return [f"Not moved: {_kinds(still)} ({len(still)} of {len(now)} tensors)."] if still else []
 
 
-def _heard(module: GritLitModule) -> list[str]:
+def _heard(run: Run) -> list[str]:
     """Check that the geometry has statistics; name the kinds of layers that it leaves out or has not heard."""
-    geometry = module.geometry
+    geometry = run.module.geometry
     if geometry is None:
         return []
-    adapted = {name for name, layer in module.peft_model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    left_out = sorted(adapted - {name.replace("._orig_mod", "") for name in geometry.layers})
-    silent = [name for name, view in geometry.layers.items() if not (view.n_samples and view.a_cov.trace() > 0)]
-    deaf = [name for name, view in geometry.layers.items() if name not in silent and not view.g_cov.trace() > 0]
-    _require(len(silent) < len(geometry.layers), "the geometry has statistics of no layer")
-    _require(len(deaf) < len(geometry.layers), "the geometry has no gradient statistics")
-    rejected = geometry.counters.get("rejected", 0)
-    notes = {"No geometry for": left_out, "No statistics of": silent, "No gradient statistics of": deaf}
-    said = [f"{what}: {_kinds(names)}." for what, names in notes.items() if names]
-    return [*said, f"{rejected} micro-batches rejected."] if rejected else said
+    layers = geometry.layers
+    adapted = {name for name, layer in run.module.peft_model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    silent = [name for name, view in layers.items() if not (view.n_samples and view.a_cov.trace() > 0)]
+    deaf = [name for name, view in layers.items() if name not in silent and not view.g_cov.trace() > 0]
+    require(len(silent) < len(layers), "the geometry has statistics of no layer")
+    require(len(deaf) < len(layers), "the geometry has no gradient statistics")
+    tokens = min(view.n_samples for name, view in layers.items() if name not in silent)
+    require(tokens <= run.tokens or run.fits > 1, f"statistics of {tokens} tokens, of {run.tokens} in the batches")
+    kinds = {"No geometry for": sorted(adapted - set(layers)), "No statistics of": silent, "No gradients at": deaf}
+    notes = [f"{what}: {_kinds(names)}." for what, names in kinds.items() if names]
+    return [*notes, f"Statistics of {tokens} of {run.tokens} tokens."] if tokens < run.tokens else notes
 
 
 def _kinds(names: list[str]) -> str:
@@ -272,26 +329,38 @@ def _require_no_look_ahead(module: GritLitModule) -> None:
     network = module.peft_model.eval()
     one, two = (network(input_ids=ids, use_cache=False).logits[:, : TOKENS // 2] for ids in (batch["input_ids"], other))
     network.train()
-    _require(torch.allclose(one.float(), two.float(), atol=1e-4), "what is predicted depends on later tokens: not a causal model")
+    require(
+        torch.allclose(one.float(), two.float(), atol=1e-4),
+        "predictions depend on later tokens: no causal model",
+    )
 
 
 _INNER = ("default", "weight", "lora_A", "lora_B", "base_layer", "modules_to_save")
 
 
-def _reloads(
-    case: Case, trainer: Trainer, module: GritLitModule, before: Tensor, models: TinyModels, folder: Path
-) -> None:
+def _require_reloading(run: Run, trainer: Trainer, models: TinyModels, folder: Path) -> None:
     """Check that a checkpoint gives the trained model back to a new Trainer, as `grit test --ckpt_path` loads it."""
-    path = folder / "last.ckpt"
-    trainer.save_checkpoint(path)
-    again = _module(case, models, module.geometry_config)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    again = _module(run.case, models, run.module.geometry_config)
     torch.manual_seed(7)  # an initialisation that draws must not be drawn again
-    kept = {name: value for name, value in case.trainer().items() if name in ("precision", "plugins", "strategy")}
-    _trainer(folder, kept, case.steps).validate(again, loader(1), ckpt_path=path, weights_only=True, verbose=False)
-    trained = logits(module)
-    off, learnt = (float((other - trained).abs().max()) for other in (logits(again), before))
-    _require(learnt > 0, "training has changed nothing in the logits")
-    _require(off <= SHARE_OF_WHAT_WAS_LEARNT * learnt, f"the reloaded checkpoint is off by {off / learnt:.0%} of what was learnt")
+    kept = {name: value for name, value in run.case.trainer().items() if name in ("precision", "plugins", "strategy")}
+    fresh = _trainer(folder, kept)
+    fresh.validate(again, loader(1), ckpt_path=folder / "last.ckpt", weights_only=True, verbose=False)
+    trained = logits(run.module)
+    off, learnt = (float((other - trained).abs().max()) for other in (logits(again), run.logits))
+    require(learnt > 0, "training has changed nothing in the logits")
+    require(off <= TOLERANCE * learnt, f"the reloaded checkpoint is off by {off / learnt:.0%} of what was learnt")
+
+
+def _require_resuming(run: Run, models: TinyModels, folder: Path) -> None:
+    """Check that a run that is resumed from the checkpoint of its first epoch ends with the same weights, bit for bit."""
+    again = _module(run.case, models, run.module.geometry_config)
+    torch.manual_seed(7)
+    trainer = _trainer(folder, run.case.trainer() | {"callbacks": []})
+    trainer.fit(again, run.case.loader(), loader(1), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    other = Run(run.case, again).trained()
+    differ = [name for name, value in run.trained().items() if not torch.equal(value, other[name])]
+    require(not differ, f"after resuming, {len(differ)} of {len(other)} tensors differ from those of one run")
 
 
 @torch.no_grad()
@@ -307,26 +376,32 @@ def logits(model: GritLitModule | torch.nn.Module) -> Tensor:
     return result[batch["attention_mask"].bool()].float()
 
 
-def _export(module: GritLitModule, folder: Path) -> tuple[str, str]:
-    """Export as `grit export` does, and load it with PEFT alone."""
-    try:
-        export_adapter(folder / "last.ckpt", folder / "export")
-    except InputError as error:
-        return REFUSED, _sentence(str(error))
-    except Exception as error:
-        return CRASHES, _sentence(f"{type(error).__name__}: {error}")
-    try:
-        loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
-    except Exception as error:
-        return WRONG, _sentence(f"PEFT cannot load it: {type(error).__name__}: {error}")
-    trained, exported = logits(module), logits(loaded)
-    with loaded.disable_adapter():
-        off, learnt = (float((other - trained).abs().max()) for other in (exported, logits(loaded)))
-    return (WORKS, "") if off <= SHARE_OF_WHAT_WAS_LEARNT * learnt else (WRONG, f"off by {off / learnt:.0%} of what was learnt.")
+def _export(run: Run, folder: Path) -> tuple[str, str]:
+    """Export as `grit export` does, with and without `--merge`, and load the files with PEFT or transformers alone."""
+    trained, states = logits(run.module), []
+    for merge, reader in ((False, AutoPeftModelForCausalLM), (True, AutoModelForCausalLM)):
+        output = folder / ("merged" if merge else "adapter")
+        status, words = WORKS, ""
+        try:
+            export_adapter(folder / "last.ckpt", output, merge=merge)
+            loaded = reader.from_pretrained(output, dtype=torch.float32)
+            off, learnt = (float((other - trained).abs().max()) for other in (logits(loaded), run.logits))
+            if off > TOLERANCE * learnt:
+                status, words = WRONG, f"off by {off / learnt:.0%} of what was learnt."
+        except InputError as error:
+            status, words = REFUSED, _sentence(str(error))
+        except Exception as error:
+            status, words = CRASHES, _sentence(f"{type(error).__name__}: {error}")
+        states.append((status, words))
+    (adapter, why), (merged, why_merged) = states
+    if adapter == merged:
+        return adapter, why
+    return f"{adapter}, merged: {merged}", " ".join([why, f"Merged: {why_merged}" if why_merged else ""]).strip()
 
 
 def _sentence(text: str) -> str:
-    """Put an error into one cell: on one line, without paths of this machine, not endless."""
+    """Put an error into one cell: what was expected and what came, on one line, without paths of this machine, not endless."""
+    text = re.split(r"(?<=[\w\])'`]\.)\s+(?=[A-Z])", text.strip(), maxsplit=1)[0]
     line = re.sub(r"(?<![\w<])/[\w./+-]+", "…", " ".join(text.split()))
     line = re.sub(r"0x[0-9a-f]+", "0x…", line).replace("|", "\\|")
     return line if len(line) <= LONGEST_SENTENCE else line[: LONGEST_SENTENCE - 2].rstrip() + " …"

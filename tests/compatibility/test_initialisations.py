@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from peft import PeftConfig
 
+from grit_lightning import GritLitModule
+
 from .conftest import Compare
-from .running import Case, lora
+from .running import Case, Run, lora, require
 
 VALUES = (
     *(True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2", "mica"),
@@ -20,7 +23,24 @@ def _adapter(value: bool | str) -> Callable[[], PeftConfig]:
     return lambda: lora(init_lora_weights=value, target_modules=["q_proj", "v_proj"])
 
 
-CASES = [Case(f"`{str(value).lower()}`", adapter=_adapter(value), exports=True) for value in VALUES]
+def _starts_elsewhere(run: Run) -> None:
+    """Check that an initialisation is not simply that of `true` under another name."""
+    torch.manual_seed(0)
+    ordinary = GritLitModule(run.module.hparams["backbone"], _adapter(True)(), geometry=None, dtype="float32")
+    ordinary.configure_model()
+    start = Run(run.case, ordinary).trained()
+    require(
+        any(not torch.equal(start[name], run.start[name]) for name in run.start), "the adapter starts as with `true`"
+    )
+
+
+CASES = [
+    Case("`true`", adapter=_adapter(True), exports=True),
+    *(
+        Case(f"`{str(value).lower()}`", adapter=_adapter(value), exports=True, check=_starts_elsewhere)
+        for value in VALUES[1:]
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,7 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from . import page
 from .conftest import Compare
-from .running import Case, lora
+from .running import MARKED, Case, Run, lora, require
+from .tiny_models import HIDDEN
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 RANK = LAYERS | {"r": 4}
@@ -60,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ShiraConfig": RANK,
     "SupertuningConfig": LAYERS | {"sparsity": 0.9},
     "TinyLoraConfig": {"target_modules": ["q_proj", "o_proj"], "r": 2},
-    "TrainableTokensConfig": {"token_indices": [5, 6], "target_modules": ["embed_tokens"]},
+    "TrainableTokensConfig": {"token_indices": [*MARKED], "target_modules": ["embed_tokens"]},
     "UniLoraConfig": RANK | {"theta_d_length": 64},
     "VBLoRAConfig": RANK | {"num_vectors": 8, "vector_length": 8},
     "VeraConfig": {"target_modules": ["q_proj", "o_proj"], "r": 4},
@@ -68,7 +69,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 NOT_WITHOUT_MORE = {"XLoraConfig": "mixes LoRA adapters that are already trained"}
 
-ARROW, KASA, VELORA, MONTECLORA = "ArrowConfig", "KasaConfig", "VeloraConfig", "MontecloraConfig"
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "`use_rslora`": lambda: {"use_rslora": True},
     "`use_dora`": lambda: {"use_dora": True},
@@ -84,10 +84,10 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "`modules_to_save: [embed_tokens, lm_head]`": lambda: {"modules_to_save": ["embed_tokens", "lm_head"]},
     "on `embed_tokens`": lambda: {"target_modules": ["q_proj", "embed_tokens"]},
     "on `lm_head`": lambda: {"target_modules": ["q_proj", "lm_head"]},
-    "`trainable_token_indices`": lambda: {"trainable_token_indices": [5, 6]},
-    "`alora_invocation_tokens`": lambda: {"alora_invocation_tokens": [5]},
+    "`trainable_token_indices`": lambda: {"trainable_token_indices": [*MARKED]},
+    "`alora_invocation_tokens`": lambda: {"alora_invocation_tokens": [MARKED[0]]},
     "`use_qalora`": lambda: {"use_qalora": True, "qalora_group_size": 8},
-    "`use_bdlora`": lambda: {"use_bdlora": peft.tuners.lora.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
+    "`use_bdlora`": lambda: {"use_bdlora": peft.tuners.lora.BdLoraConfig(["q_proj"], ["v_proj"], nblocks=2)},
     "`kasa_config`": lambda: {"kasa_config": peft.tuners.lora.KasaConfig()},
     "`velora_config`": lambda: {"velora_config": peft.tuners.lora.VeloraConfig(num_groups=4)},
     "`monteclora_config`": lambda: {"monteclora_config": peft.tuners.lora.MontecloraConfig()},
@@ -102,8 +102,22 @@ TIED: dict[str, dict[str, Any]] = {
         "modules_to_save": ["embed_tokens"],
         "ensure_weight_tying": True,
     },
-    "`trainable_token_indices`": {"trainable_token_indices": [5, 6]},
+    "`trainable_token_indices`": {"trainable_token_indices": [*MARKED]},
 }
+
+
+def _ranks_moved(run: Run) -> None:
+    require(bool(run.module.peft_model.peft_config["default"].rank_pattern), "AdaLoRA has allocated no ranks")
+
+
+def _pools_inputs(run: Run) -> None:
+    layer = run.module.peft_model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default")
+    require(
+        layer.in_features == HIDDEN // 8, "the inputs are not pooled in groups: PEFT does so in quantised layers only"
+    )
+
+
+CHECKS = {"AdaLoraConfig": _ranks_moved, "`use_qalora`": _pools_inputs}
 
 
 def _method(name: str) -> Callable[[], PeftConfig]:
@@ -114,11 +128,32 @@ def _variant(settings: Callable[[], dict[str, Any]]) -> Callable[[], PeftConfig]
     return lambda: lora(**({"target_modules": ["q_proj", "v_proj"]} | settings()))
 
 
-CASES = [Case(name.removesuffix("Config"), adapter=_method(name), exports=True, needs=f"peft:{name}") for name in METHODS]
+def _anything(run: Run) -> None:
+    pass
+
+
+CASES = [
+    Case(
+        name.removesuffix("Config"),
+        adapter=_method(name),
+        exports=True,
+        check=CHECKS.get(name, _anything),
+        needs=f"peft:{name}",
+    )
+    for name in METHODS
+]
 VARIANT_CASES = [
-    *(Case(name, adapter=_variant(settings), exports=True) for name, settings in VARIANTS.items()),
     *(
-        Case(f"{name}, tied embeddings", "Llama with tied embeddings", adapter=_variant(lambda s=settings: s), exports=True)
+        Case(name, adapter=_variant(settings), exports=True, check=CHECKS.get(name, _anything))
+        for name, settings in VARIANTS.items()
+    ),
+    *(
+        Case(
+            f"{name}, tied embeddings",
+            "Llama with tied embeddings",
+            adapter=_variant(lambda s=settings: s),
+            exports=True,
+        )
         for name, settings in TIED.items()
     ),
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,13 @@ def _tied() -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
 
 
+def _wide() -> transformers.PreTrainedModel:
+    """As wide as a block of bitsandbytes' 4-bit weights."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**DECODER | {"hidden_size": 64, "intermediate_size": 64})
+    )
+
+
 OTHER: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "Llama with tied embeddings": _tied,
     "T5": _t5,
@@ -139,6 +148,7 @@ OTHER: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "Llava": _llava,
     "Whisper": _whisper,
 }
+WIDE = "Llama, 64 wide"
 
 
 class TinyModels:
@@ -148,10 +158,11 @@ class TinyModels:
         self._folder = folder
 
     def __getitem__(self, name: str) -> str:
-        folder = self._folder / name.replace(" ", "_")
+        folder = self._folder / re.sub(r"\W", "_", name)
         if not folder.exists():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = OTHER[name]() if name in OTHER else _causal(name, CAUSAL[name])
+                make = OTHER.get(name) or (_wide if name == WIDE else partial(_causal, name, CAUSAL[name]))
+                model = make()
                 model.float().save_pretrained(folder)
         return str(folder)
