@@ -8,6 +8,7 @@ and, where it is asked for, an export that plain PEFT loads as the same model.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,14 +135,15 @@ def outcome(case: Case, models: TinyModels, folder: Path) -> Outcome:
     if second.status == REFUSED and first.status == REFUSED:
         return first
     status = second.status if first.status == REFUSED else first.status
-    return Outcome(status, words=f"{first.words} Without geometry: {' '.join([second.status, second.words]).strip()}")
+    also = "the same" if second.words == first.words else " ".join([second.status, second.words]).strip()
+    return Outcome(status, words=f"{first.words} Without geometry: {also}")
 
 
 def _attempt(case: Case, models: TinyModels, folder: Path, geometry: GeometryConfig | None) -> Outcome:
     folder.mkdir(parents=True)
     trainer = None
-    with _warnings_of_ours() as said:
-        try:
+    try:
+        with _warnings_of_ours() as said:
             module, settings = _module(case, models, geometry), case.trainer()
             run = Run(case, module)
             watching = [*settings.get("callbacks", ()), run]
@@ -154,26 +156,34 @@ def _attempt(case: Case, models: TinyModels, folder: Path, geometry: GeometryCon
             except (ValueError, ImportError) as error:  # Lightning refuses its own settings, before it knows of ours
                 return Outcome(REFUSED, words=_sentence(str(error)))
             notes = _train(run, trainer, models, folder)
-            exported, why = _export(run, folder) if case.exports else ("", "")
-        except (InputError, MisconfigurationException) as error:
-            late = trainer is not None and trainer.global_step > 0
-            return Outcome(REFUSED_LATE if late else REFUSED, words=_sentence(str(error)))
-        except _WrongError as error:
-            return Outcome(WRONG, words=_sentence(str(error)))
-        except Exception as error:
-            return Outcome(CRASHES, words=_sentence(f"{type(error).__name__}: {error}"))
-    return Outcome(WORKS, exported, " ".join([*notes, *([f"Export: {why}"] if why else []), *map(_sentence, said)]))
+    except (InputError, MisconfigurationException) as error:
+        late = trainer is not None and trainer.global_step > 0
+        return Outcome(REFUSED_LATE if late else REFUSED, words=_sentence(str(error)))
+    except _WrongError as error:
+        return Outcome(WRONG, words=_sentence(str(error)))
+    except Exception as error:
+        return Outcome(CRASHES, words=_sentence(f"{type(error).__name__}: {error}"))
+    exported, why = _export(run, folder) if case.exports else ("", "")
+    return Outcome(WORKS, exported, " ".join([*notes, *map(_sentence, said), *([f"Export: {why}"] if why else [])]))
 
 
 @contextmanager
 def _warnings_of_ours() -> Iterator[list[str]]:
-    """Collect what the package warns of; what libraries advise says nothing about a case."""
+    """Collect what the package itself warns of; what libraries advise says nothing about a case."""
     said: list[str] = []
     package = str(Path(grit_lightning.__file__).parent)
-    with warnings.catch_warnings(record=True) as caught:
+
+    def listen(message: Warning | str, *_: Any, **__: Any) -> None:
+        frame = sys._getframe(1)  # the warning's own file need not be where it comes from: decorators are in between
+        while frame.f_back and Path(frame.f_code.co_filename).stem in ("warnings", "rank_zero"):
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(package) and str(message) not in said:
+            said.append(str(message))
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = listen
         yield said
-        said += dict.fromkeys(str(each.message) for each in caught if each.filename.startswith(package))
 
 
 # One run.
@@ -219,6 +229,7 @@ class Run(Callback):
     Attributes:
         losses: Of every micro-batch.
         rates: Learning rates of the first group, of every optimizer step.
+        learnt: Names of the trained parameters that have had a gradient other than zero.
         start: Trained parameters before the first step.
         end: Trained parameters after the last one.
         logits: What the model says before the first step.
@@ -233,6 +244,8 @@ class Run(Callback):
         self.rates: list[float] = []
         self.fits = self.tokens = 0
         self.last_rate = 0.0
+        self.learnt: set[str] = set()
+        self._tokens_of_batch = 0
         self.start: dict[str, Tensor] = {}
         self.end: dict[str, Tensor] = {}
         self.logits = torch.zeros(())
@@ -250,13 +263,20 @@ class Run(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
+        named = self.module.named_parameters()
+        self.learnt |= {name for name, value in named if value.grad is not None and value.grad.any()}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._tokens_of_batch = int(batch["attention_mask"].sum())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tokens += self._tokens_of_batch  # once for every evaluation: LBFGS has several in a step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.losses.append(outputs["loss"].detach())
         self.end = self.trained()
-        self.tokens += int(batch["attention_mask"].sum())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
@@ -289,11 +309,11 @@ def _left_out(module: GritLitModule) -> list[str]:
 
 
 def _moved(run: Run) -> list[str]:
-    """Check that training has changed the adapter; name the kinds of layers where it has not."""
+    """Check that training has changed the adapter; name the kinds of layers that no gradient reaches."""
     now = run.trained()
-    still = [name for name, before in run.start.items() if torch.equal(before, now[name])]
-    require(len(still) < len(now), f"none of the {len(now)} trained tensors has moved")
-    return [f"Not moved: {_kinds(still)} ({len(still)} of {len(now)} tensors)."] if still else []
+    require(any(not torch.equal(now[name], before) for name, before in run.start.items()), "the adapter has not moved")
+    still = sorted(set(now) - run.learnt)
+    return [f"No gradient: {_kinds(still)} ({len(still)} of {len(now)} tensors)."] if still else []
 
 
 def _heard(run: Run) -> list[str]:
@@ -309,7 +329,11 @@ def _heard(run: Run) -> list[str]:
     require(len(deaf) < len(layers), "the geometry has no gradient statistics")
     tokens = min(view.n_samples for name, view in layers.items() if name not in silent)
     require(tokens <= run.tokens or run.fits > 1, f"statistics of {tokens} tokens, of {run.tokens} in the batches")
-    kinds = {"No geometry for": sorted(adapted - set(layers)), "No statistics of": silent, "No gradients at": deaf}
+    kinds = {
+        "No geometry for": sorted(adapted - set(layers)),
+        "No statistics of": silent,
+        "No gradient statistics of": deaf,
+    }
     notes = [f"{what}: {_kinds(names)}." for what, names in kinds.items() if names]
     return [*notes, f"Statistics of {tokens} of {run.tokens} tokens."] if tokens < run.tokens else notes
 
@@ -379,6 +403,7 @@ def logits(model: GritLitModule | torch.nn.Module) -> Tensor:
 def _export(run: Run, folder: Path) -> tuple[str, str]:
     """Export as `grit export` does, with and without `--merge`, and load the files with PEFT or transformers alone."""
     trained, states = logits(run.module), []
+    warnings.simplefilter("ignore")  # of the tokenizer, which there is none of; pytest restores the filters
     for merge, reader in ((False, AutoPeftModelForCausalLM), (True, AutoModelForCausalLM)):
         output = folder / ("merged" if merge else "adapter")
         status, words = WORKS, ""

@@ -34,10 +34,21 @@ def _starts_elsewhere(run: Run) -> None:
     )
 
 
+def _starts_on_principal_directions(run: Run) -> None:
+    """Check that A begins with directions of the inputs' variance: EVA's rows are orthonormal."""
+    factors = [value for name, value in run.start.items() if ".lora_A." in name]
+    orthonormal = all(torch.allclose(factor @ factor.T, torch.eye(len(factor)), atol=1e-4) for factor in factors)
+    require(orthonormal, "the rows of A are no principal directions: no data have been seen")
+
+
+CHECKS = {"eva": _starts_on_principal_directions}
+
 CASES = [
     Case("`true`", adapter=_adapter(True), exports=True),
     *(
-        Case(f"`{str(value).lower()}`", adapter=_adapter(value), exports=True, check=_starts_elsewhere)
+        Case(
+            f"`{str(value).lower()}`", adapter=_adapter(value), exports=True, check=CHECKS.get(value, _starts_elsewhere)
+        )
         for value in VALUES[1:]
     ),
 ]

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from . import page
 from .conftest import Compare
 from .running import MARKED, Case, Run, lora, require
-from .tiny_models import HIDDEN
+from .tiny_models import HIDDEN, TWO_LAYERS
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 RANK = LAYERS | {"r": 4}
@@ -144,7 +144,7 @@ CASES = [
 ]
 VARIANT_CASES = [
     *(
-        Case(name, adapter=_variant(settings), exports=True, check=CHECKS.get(name, _anything))
+        Case(name, TWO_LAYERS, adapter=_variant(settings), exports=True, check=CHECKS.get(name, _anything))
         for name, settings in VARIANTS.items()
     ),
     *(

@@ -75,8 +75,22 @@ class _Data(LightningDataModule):
         return loader(1)
 
 
+class _Frames(callbacks.Callback):
+    """Counts what torch.compile has compiled by the end of every step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.counts.append(torch._dynamo.utils.counters["frames"]["total"])
+
+
 def compiled(trainer: Trainer, module: GritLitModule, train: Any, validation: Any) -> None:
-    trainer.fit(torch.compile(module, backend="eager"), train, validation)
+    torch._dynamo.reset()
+    trainer.fit(torch.compile(module, backend="eager"), train)
+    torch._dynamo.reset()
+    frames = next(each for each in trainer.callbacks if isinstance(each, _Frames))  # type: ignore[attr-defined]
+    require(frames.counts[-1] == frames.counts[-2], "every step is compiled anew, until torch gives up at the eighth")
 
 
 def lr_find(trainer: Trainer, module: GritLitModule, train: Any, validation: Any, **settings: Any) -> None:
@@ -213,7 +227,12 @@ FEATURES: list[Case] = [
         loader=lambda: loader(8),
         check=_halved,
     ),
-    Case("`torch.compile`", adapter=partial(lora, target_modules=["q_proj"]), fit=compiled),
+    Case(
+        "`torch.compile`",
+        adapter=partial(lora, target_modules=["q_proj"]),
+        trainer=lambda: {"callbacks": [_Frames()], "limit_val_batches": 0},
+        fit=compiled,
+    ),
     Case("`overfit_batches`", trainer=lambda: {"overfit_batches": 1}),
     Case("`fast_dev_run`", trainer=lambda: {"fast_dev_run": 2}, steps=2),
     Case("`barebones`", trainer=lambda: {"barebones": True, "logger": None}),

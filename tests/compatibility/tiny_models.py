@@ -19,7 +19,7 @@ DECODER: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -29,7 +29,7 @@ DECODER: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 GPT2: dict[str, Any] = {
-    **{"vocab_size": VOCAB_SIZE, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    **{"vocab_size": VOCAB_SIZE, "n_embd": HIDDEN, "n_layer": 1, "n_head": 4, "n_positions": 64},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 VISION: dict[str, Any] = {
@@ -58,14 +58,20 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3": {
         **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-        **{"first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "num_key_value_heads": 4},
+        **{
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 2,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "num_key_value_heads": 4,
+        },
         **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
     },
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "Mamba": {"state_size": 4},
     "Mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
-    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "Lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "Granite": {},
     "SmolLM3": {},
     "Cohere2": {},
@@ -75,7 +81,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "StableLm": {},
     "GPTJ": {**GPT2, "rotary_dim": 4},
     "GPTBigCode": GPT2,
-    "Mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "Mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
     "Bert": {"is_decoder": False},
 }
 
@@ -131,6 +137,10 @@ def _tied() -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
 
 
+def _two_layers() -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"num_hidden_layers": 2}))
+
+
 def _wide() -> transformers.PreTrainedModel:
     """As wide as a block of bitsandbytes' 4-bit weights."""
     return transformers.LlamaForCausalLM(
@@ -148,7 +158,8 @@ OTHER: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "Llava": _llava,
     "Whisper": _whisper,
 }
-WIDE = "Llama, 64 wide"
+WIDE, TWO_LAYERS = "Llama, 64 wide", "Llama, 2 layers"
+SPECIAL = {WIDE: _wide, TWO_LAYERS: _two_layers}
 
 
 class TinyModels:
@@ -162,7 +173,7 @@ class TinyModels:
         if not folder.exists():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                make = OTHER.get(name) or (_wide if name == WIDE else partial(_causal, name, CAUSAL[name]))
+                make = (OTHER | SPECIAL).get(name) or partial(_causal, name, CAUSAL[name])
                 model = make()
                 model.float().save_pretrained(folder)
         return str(folder)
