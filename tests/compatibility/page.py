@@ -46,7 +46,9 @@ def write_row(section: str, names: Sequence[str], name: str, found: Outcome) -> 
         parts[section] = f"{prose.rstrip()}\n\n{HEADER}{''.join(lines)}\n".lstrip("\n")
         parts[""] = re.sub(_MADE_WITH, made_with(), parts[""], flags=re.MULTILINE)
         page = "".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items())
-        PAGE.write_text(page.rstrip() + "\n", encoding="utf-8")
+        new = PAGE.with_suffix(".new")
+        new.write_text(page.rstrip() + "\n", encoding="utf-8")
+        new.replace(PAGE)  # at once: other processes read it
 
 
 def _sections() -> dict[str, str]:

@@ -7,14 +7,21 @@ from functools import partial
 import pytest
 
 from .conftest import Compare
-from .running import Case, lora
+from .running import Case, Run, lora, require
 from .tiny_models import CAUSAL, OTHER
 
 ATTENTION = partial(lora, target_modules=["q_proj", "v_proj"])
 
+
+def _is_what_was_saved(run: Run) -> None:
+    """Check that the model is of the class that was saved, with all its weights: no head or encoder has been dropped."""
+    saved, here = run.module.peft_model.config.architectures[0], type(run.module.peft_model.get_base_model()).__name__
+    require(saved == here, f"trained as {here} without a word, though the folder says {saved}")
+
+
 CASES = [
     *(Case(name, backbone=name, exports=True, needs=f"transformers:{name}Config") for name in CAUSAL),
-    *(Case(name, backbone=name, exports=True) for name in OTHER),
+    *(Case(name, backbone=name, exports=True, check=_is_what_was_saved) for name in OTHER),
     Case("Mixtral, `q_proj` and `v_proj`", backbone="Mixtral", adapter=ATTENTION, exports=True),
     Case("GptOss, `q_proj` and `v_proj`", backbone="GptOss", adapter=ATTENTION, exports=True),
     Case(

@@ -55,7 +55,6 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 16},
     "Qwen3Moe": EXPERTS | {"head_dim": 8},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3": {
         **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
         **{
@@ -72,15 +71,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "Mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "Lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
-    "Granite": {},
     "SmolLM3": {},
     "Cohere2": {},
-    "Starcoder2": {},
-    "Glm4": {"head_dim": 8},
     "Phi": {},
-    "StableLm": {},
     "GPTJ": {**GPT2, "rotary_dim": 4},
-    "GPTBigCode": GPT2,
     "Mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
     "Bert": {"is_decoder": False},
 }
@@ -98,6 +92,12 @@ def _t5() -> transformers.PreTrainedModel:
 
 def _classifier() -> transformers.PreTrainedModel:
     return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**DECODER, num_labels=3))
+
+
+def _tied_classifier() -> transformers.PreTrainedModel:
+    """Has all that a causal language model needs, since its head would be its embedding."""
+    config = transformers.LlamaConfig(**DECODER, num_labels=3, tie_word_embeddings=True)
+    return transformers.LlamaForSequenceClassification(config)
 
 
 def _masked() -> transformers.PreTrainedModel:
@@ -152,6 +152,7 @@ OTHER: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "Llama with tied embeddings": _tied,
     "T5": _t5,
     "LlamaForSequenceClassification": _classifier,
+    "LlamaForSequenceClassification with tied embeddings": _tied_classifier,
     "LlamaModel": _headless,
     "BertForMaskedLM": _masked,
     "Gemma3": _gemma3,
