@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from filelock import FileLock
 from .running import REFUSED, WITHOUT_GEOMETRY, Outcome
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+LOCK = Path(tempfile.gettempdir()) / "grit-compatibility.lock"
 LIBRARIES = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 HEADER = "| | training | export | what is said, or left out |\n|---|---|---|---|\n"
 _MADE_WITH = r"^Made with .*\.$"
@@ -38,7 +40,7 @@ def write_row(section: str, names: Sequence[str], name: str, found: Outcome) -> 
         name: The row.
         found: What came of it.
     """
-    with FileLock(f"{PAGE}.lock"):  # several processes write
+    with FileLock(LOCK):  # several processes write
         table = rows(section) | {name: found}
         lines = [f"| {each} | {cells(table[each])} |\n" for each in names if each in table]
         parts = _sections()
@@ -73,6 +75,6 @@ def comparable(found: Outcome) -> tuple[str, ...]:
     refusal the setting and what was expected.
     """
     if made_with() in PAGE.read_text(encoding="utf-8"):
-        return (found.status, found.export, re.sub(r"\d[\d.e+%-]*", "N", found.words))
+        return (found.status, found.export, re.sub(r"-?\d[\d.e+%-]*", "N", found.words))
     refused = found.status in (REFUSED, WITHOUT_GEOMETRY)
     return (found.status, found.words.partition(", got")[0] if refused else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from . import test_optimizers as optimizers
 from . import test_peft_methods as peft_methods
 from . import test_precisions as precisions
 from . import test_trainer_features as features
-from .running import FAULTS, REFUSED, WITHOUT_GEOMETRY, WORKS, Case
+from .running import FAULTS, REFUSED, WITHOUT_GEOMETRY, WORKS, Case, Outcome
 
 TABLES: dict[str, Sequence[Case]] = {
     "Models": models.CASES,
@@ -142,3 +143,12 @@ def test_no_fault_is_new_or_forgotten() -> None:
         for title in TABLES
     }
     assert {title: names for title, names in faults.items() if names} == KNOWN_FAULTS
+
+
+def test_numbers_may_differ_from_the_page_but_no_status_and_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Outcome(REFUSED, "", "adapter.r: expected a positive rank, got 0.")
+    others = [replace(row, status=WORKS), replace(row, words="adapter.alpha: expected a positive rank, got 0.")]
+    for made_with in (page.made_with(), "Made with other versions."):
+        monkeypatch.setattr(page, "made_with", lambda line=made_with: line)
+        assert page.comparable(row) == page.comparable(replace(row, words=row.words.replace("0", "-3")))
+        assert all(page.comparable(row) != page.comparable(other) for other in others)
