@@ -12,7 +12,8 @@ import pytest
 from lightning.fabric.utilities import registry
 
 from . import page
-from .running import Case, outcome
+from .cases import Case
+from .running import outcome
 from .tiny_models import TinyModels
 
 Compare = Callable[[str, Sequence[Case], Case], None]

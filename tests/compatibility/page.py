@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .running import REFUSED, WITHOUT_GEOMETRY, Outcome
+from .cases import REFUSED, WITHOUT_GEOMETRY, Outcome
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 LOCK = Path(tempfile.gettempdir()) / "grit-compatibility.lock"

@@ -10,8 +10,9 @@ from peft import PeftConfig
 
 from grit_lightning import GritLitModule
 
+from .cases import Case, lora
 from .conftest import Compare
-from .running import Case, Run, lora, require
+from .watching import Run, require
 
 VALUES = (
     *(True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2", "mica"),

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 
+from .cases import Case, lora
 from .conftest import Compare
-from .running import Case, Run, lora, require
 from .tiny_models import CAUSAL, OTHER
+from .watching import Run, require
 
 ATTENTION = partial(lora, target_modules=["q_proj", "v_proj"])
 

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from grit_lightning.callbacks import Reprojection
 from grit_lightning.geometry.moments import ChangesCoordinates
 
+from .cases import Case, loader
 from .conftest import Compare
-from .running import Case, Run, loader, require
+from .watching import Run, require
 
 EIGHT_BIT = {"min_8bit_size": 16}  # bitsandbytes keeps the moments of smaller tensors in float32
 RATE = {"lr": 1e-2}

@@ -12,9 +12,10 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from . import page
+from .cases import MARKED, Case, lora
 from .conftest import Compare
-from .running import MARKED, Case, Run, lora, require
 from .tiny_models import HIDDEN, TWO_LAYERS
+from .watching import Run, require
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 RANK = LAYERS | {"r": 4}

@@ -12,8 +12,9 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
+from .cases import Case, loader
 from .conftest import Compare
-from .running import LEARNING_RATE, Case, loader
+from .running import LEARNING_RATE
 from .tiny_models import WIDE
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "transformer-engine")

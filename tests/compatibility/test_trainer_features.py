@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from grit_lightning import GritLitModule
 
+from .cases import STEPS, TOKENS, Batch, Case, batches, loader, lora
 from .conftest import Compare
-from .running import STEPS, TOKENS, Batch, Case, Run, batches, loader, lora, require
+from .watching import Run, require
 
 ENDLESS = {"max_steps": -1}
 SOON = timedelta(seconds=0.2)

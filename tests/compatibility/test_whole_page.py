@@ -14,7 +14,7 @@ from . import test_optimizers as optimizers
 from . import test_peft_methods as peft_methods
 from . import test_precisions as precisions
 from . import test_trainer_features as features
-from .running import FAULTS, REFUSED, WITHOUT_GEOMETRY, WORKS, Case, Outcome
+from .cases import FAULTS, REFUSED, WITHOUT_GEOMETRY, WORKS, Case, Outcome
 
 TABLES: dict[str, Sequence[Case]] = {
     "Models": models.CASES,
