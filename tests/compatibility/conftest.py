@@ -1,0 +1,65 @@
+"""Compares what comes of a case with its row in docs/compatibility.md, or writes the row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from lightning.fabric.utilities import registry
+
+from . import page
+from .cases import Case
+from .running import outcome
+from .tiny_models import TinyModels
+
+Compare = Callable[[str, Sequence[Case], Case], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write docs/compatibility.md instead of comparing with it"
+    )
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _no_time_lost() -> Iterator[None]:
+    """Look for Lightning's plugins once, not for every Trainer, and load models of a few tensors in this thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", cache(entry_points), raising=False)
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path: Path) -> Compare:
+    """`compare(section, cases, case)` runs the case and holds what comes of it against the page."""
+
+    def check(section: str, cases: Sequence[Case], case: Case) -> None:
+        if missing := _missing(case.needs):
+            pytest.skip(f"needs {missing}; the page keeps its row")
+        found = outcome(case, tiny_models, tmp_path)
+        if request.config.getoption("--write-compatibility", default=False):
+            page.write_row(section, [each.name for each in cases], case.name, found)
+        written = page.rows(section)[case.name]
+        assert page.comparable(found) == page.comparable(written), page.cells(found)
+
+    return check
+
+
+def _missing(needs: str) -> str:
+    """Return what a case needs and is not installed."""
+    package, _, attribute = needs.partition(":")
+    try:
+        found = importlib.import_module(package) if package else None
+        return needs if attribute and not hasattr(found, attribute) else ""
+    except ImportError:
+        return package
