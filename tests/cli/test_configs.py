@@ -170,7 +170,7 @@ def test_paper_configs_hold_the_papers_values(
     assert (trainer["max_steps"], trainer["max_epochs"], trainer["gradient_clip_val"]) == (steps, -1, 1.0)
     assert (model["lr_scheduler"], model["warmup_fraction"]) == ("cosine", 0.05)
     reprojection, adaptation = (entry["init_args"] for entry in trainer["callbacks"][:2])
-    assert (reprojection["every_n_steps"], reprojection["start_step"], reprojection["k"]) == (200, 500, 8)
+    assert (reprojection["every_n_steps"], reprojection["start_step"], reprojection["k"]) == (200, 500, None)
     assert (adaptation["threshold"], adaptation["min_rank"], adaptation["start_step"]) == (0.90, 4, 500)
 
 
