@@ -30,17 +30,16 @@ from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
 from grit_lightning.evaluation.datamodule_protocols import HasMaxLength, HasTasks, evaluation_key
 from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluations
 from grit_lightning.evaluation.generation import GenerationSettings
-from grit_lightning.geometry.audibility import probe_token_ids, settle_layers, silent_layers
+from grit_lightning.geometry.audibility import probe_token_ids, settle_layers
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.optimization import (
     build_optimizer,
     build_schedule,
-    planned_steps,
     require_usable,
-    warn_of_half_precision,
-    warn_of_ignored_settings,
+    steps_of_the_run,
+    warn_of_settings,
 )
 from grit_lightning.optimizers import GeometryAdam
 from grit_lightning.rank_allocation import RankAllocation
@@ -191,15 +190,20 @@ class GritLitModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _settle_layers(self, geometry: RankSpaceGeometry) -> None:
-        """Find out with a few tokens which layers can be heard; sharded weights wait for the first refresh."""
+        """Find out with a few tokens which layers can be heard; with sharded weights, the first refresh does.
+
+        Raises:
+            ValueError: If layers cannot be heard and are not to be left out, or cannot be left out under this strategy.
+        """
         if isinstance(self.trainer.strategy, WholeAdapterStrategy):
+            expected = "refuse with a sharded backbone, whose layers cannot be tried before training"
+            choice = geometry.config.silent_layers
+            require("GeometryConfig", "silent_layers", choice == "refuse", expected, choice)
             return
         ids = probe_token_ids(self.peft_model, self.device)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        sites = [site for group in geometry.groups for site in group.sites]
         with self.trainer.precision_plugin.forward_context():
-            silent = silent_layers(self.peft_model, sites, lambda: self(batch).loss, ids.numel())
-        settle_layers(geometry, silent)
+            settle_layers(geometry, self.peft_model, lambda: self(batch).loss, ids.numel())
 
     def on_fit_start(self) -> None:
         """Check that Trainer and data can serve the geometry, and move its state to the adapter's device.
@@ -213,20 +217,13 @@ class GritLitModule(pl.LightningModule):
             length = self._datamodule.max_length or 0
             require_context(self.peft_model, length, "the data module's longest sequence", "data.max_length")
         if self.allocation is not None:
-            self.allocation.require_steps(planned_steps(self.trainer))
+            self.allocation.require_steps(steps_of_the_run(self.trainer))
         if self.geometry is not None:
             self.geometry.to(self.device)
-        self._warn_of_settings()
-
-    def _warn_of_settings(self) -> None:
-        """Say what the settings cost or cannot do."""
-        warn_of_half_precision(self.trainer)
         if self.scheduler_factory != "cosine":
-            readers = {"warmup_fraction": "lr_scheduler: cosine"}
-            warn_if_ignored(GritLitModule, {"warmup_fraction": self.warmup_fraction}, readers)
-        if self.geometry_config is not None:
-            for optimizer in self.trainer.optimizers:
-                warn_of_ignored_settings(self.geometry_config, optimizer, planned_steps(self.trainer))
+            given, readers = {"warmup_fraction": self.warmup_fraction}, {"warmup_fraction": "lr_scheduler: cosine"}
+            warn_if_ignored(GritLitModule, given, readers)
+        warn_of_settings(self.trainer, self.geometry_config)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -393,7 +390,7 @@ class GritLitModule(pl.LightningModule):
         """
         self.packer.unpack(checkpoint, trained_parameters(self))
         if self.allocation is not None:
-            self.allocation.load_state_dict(checkpoint[ALLOCATION_KEY])
+            self.allocation.load_state_dict(checkpoint.get(ALLOCATION_KEY))
 
     def on_train_start(self) -> None:
         """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""

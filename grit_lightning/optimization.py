@@ -90,8 +90,6 @@ def build_schedule(
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
     """Return how many optimizer steps the fit takes if nothing ends it early; None if that is not known beforehand."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the Trainer's __init__
-        return None  # it stands for a longer run
     estimate = trainer.estimated_stepping_batches  # loads the data if their length is needed
     if not math.isfinite(estimate) or estimate < 0:
         return None
@@ -104,8 +102,13 @@ def planned_steps(trainer: pl.Trainer) -> int | None:
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
+def steps_of_the_run(trainer: pl.Trainer) -> int | None:
+    """Return `planned_steps`, or None in `fast_dev_run`, whose few steps stand for those of a longer run."""
+    return None if trainer.fast_dev_run else planned_steps(trainer)  # type: ignore[attr-defined]  # as above
+
+
 def _require_planned_steps(trainer: pl.Trainer) -> int:
-    steps = trainer.max_steps if trainer.fast_dev_run else planned_steps(trainer)  # type: ignore[attr-defined]  # as above
+    steps = planned_steps(trainer)
     if steps is None:
         endless = trainer.max_epochs == -1
         raise MisconfigurationException(
@@ -117,7 +120,7 @@ def _require_planned_steps(trainer: pl.Trainer) -> int:
 
 
 def require_usable(trainer: pl.Trainer) -> None:
-    """Refuse what Lightning offers and a model that is built late, with gradients changed before clipping, cannot serve.
+    """Refuse optimizers and callbacks whose work would come at the wrong time: before preconditioning or the model's building.
 
     Raises:
         MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner would
@@ -144,8 +147,13 @@ def require_usable(trainer: pl.Trainer) -> None:
             )
 
 
-def warn_of_half_precision(trainer: pl.Trainer) -> None:
-    """Say that a precision of `bf16-true` or `16-true` rounds the adapter too, and how to round the backbone only."""
+def warn_of_settings(trainer: pl.Trainer, config: GeometryConfig | None) -> None:
+    """Say when half precision rounds the adapter too, and which settings of the geometry were changed that nothing reads.
+
+    Args:
+        trainer: With its optimizers built.
+        config: Settings of the geometry, or None without one.
+    """
     plugin = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision):
         name, digits = ("bfloat16", 8) if plugin.precision == "bf16-true" else ("float16", 11)
@@ -154,17 +162,9 @@ def warn_of_half_precision(trainer: pl.Trainer) -> None:
             f"than 1/{2**digits} of a weight is lost. To train the adapter in float32, set model.dtype to {name} and "
             "trainer.precision to 32-true."
         )
-
-
-def warn_of_ignored_settings(config: GeometryConfig, optimizer: Optimizer, steps: int | None) -> None:
-    """Say which settings of the geometry were changed although nothing reads them.
-
-    Args:
-        config: The settings.
-        optimizer: Whose rule reads some of them.
-        steps: Optimizer steps of the run; None if that is not known.
-    """
-    warn_if_ignored(GeometryConfig, config.to_dict(), _readers(config, optimizer, steps))
+    if config is not None:
+        for optimizer in trainer.optimizers:
+            warn_if_ignored(GeometryConfig, config.to_dict(), _readers(config, optimizer, steps_of_the_run(trainer)))
 
 
 def _readers(config: GeometryConfig, optimizer: Optimizer, steps: int | None) -> dict[str, str]:

@@ -69,8 +69,17 @@ class RankAllocation:
             "uncertainty": {name: value.cpu() for name, value in allocator.exp_avg_unc.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if state is None:
+            raise InvalidValueError(
+                "Checkpoint: expected the state of AdaLoRA's allocator, got none, as in checkpoints of versions that never "
+                "called it. Train anew."
+            )
         self.steps, self._config.rank_pattern = state["steps"], state["rank_pattern"]
         allocator, parameters = self._model.rankallocator, dict(self._model.model.named_parameters())
         for name in state["importance"]:

@@ -19,6 +19,7 @@ from grit_lightning.rank_allocation import RankAllocation
 
 STEPS = 8
 TARGETS = ["q_proj", "v_proj"]
+KINDS = ("importance", "uncertainty")
 
 
 @pytest.fixture
@@ -115,9 +116,20 @@ def test_a_resumed_run_allocates_to_the_bit(
             if trainer.global_step == saved_at:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 
-    whole, resumed = module(deltaT=2), module(deltaT=2)
-    fit(whole, same=True, callbacks=[Save()])
-    fit(resumed, same=True, ckpt_path=tmp_path / "half.ckpt")
+    class Importances(Callback):
+        found: dict[str, Tensor]
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 5:  # before the last allocation, which forgets them
+                state = pl_module.allocation.state_dict()
+                self.found = {f"{kind} {name}": value.clone() for kind in KINDS for name, value in state[kind].items()}
+
+    whole, resumed, kept = module(deltaT=2), module(deltaT=2), [Importances(), Importances()]
+    fit(whole, same=True, callbacks=[Save(), kept[0]])
+    fit(resumed, same=True, callbacks=[kept[1]], ckpt_path=tmp_path / "half.ckpt")
+    if saved_at < 5:
+        assert len(kept[0].found) == len(kept[1].found) == 2 * 3 * 4  # of A, B and the singular values of four layers
+        assert all(torch.equal(value, kept[1].found[name]) for name, value in kept[0].found.items())
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
     assert ranks(whole) == ranks(resumed)
@@ -128,6 +140,13 @@ def test_a_resumed_run_allocates_to_the_bit(
 def test_a_run_too_short_for_the_ranks_is_refused(module: Callable[..., Any], fit: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=rf"adapter\.total_step: expected at most the {STEPS} optimizer steps .*got 9"):
         fit(module(total_step=9))
+
+
+def test_a_checkpoint_without_the_allocators_state_is_refused(module: Callable[..., Any]) -> None:
+    given = module()
+    given.configure_model()
+    with pytest.raises(ValueError, match="Checkpoint: expected the state of AdaLoRA's allocator, got none"):
+        given.allocation.load_state_dict(None)
 
 
 def test_adamss_that_freezes_parameters_while_training_is_refused(make_tiny_llama: Callable[..., Any]) -> None:

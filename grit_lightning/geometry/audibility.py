@@ -8,7 +8,7 @@ padding is then unknown (routed experts).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -68,16 +68,19 @@ def silent_layers(
     return {name: fault for name, fault in found.items() if fault}
 
 
-def settle_layers(geometry: RankSpaceGeometry, silent: Mapping[str, str]) -> None:
-    """Leave silent layers out of a geometry that has no statistics yet, or refuse them, as `silent_layers` says.
+def settle_layers(geometry: RankSpaceGeometry, model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> None:
+    """Leave silent layers out of a geometry before it takes statistics, or refuse them, as `GeometryConfig.silent_layers` says.
 
     Args:
         geometry: The geometry.
-        silent: What is wrong with each silent layer, by name; see `silent_layers`.
+        model: As for `silent_layers`, like the two that follow.
+        loss: Runs the model over a batch and returns its loss.
+        tokens: Tokens of that batch.
 
     Raises:
         ValueError: If they are refused, or no layer would be left.
     """
+    silent = silent_layers(model, (site for group in geometry.groups for site in group.sites), loss, tokens)
     if not silent:
         return
     shown = "; ".join(f"{name} {fault}" for name, fault in list(silent.items())[:8])

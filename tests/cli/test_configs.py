@@ -111,6 +111,14 @@ def test_overlay_trains_on_top_of_the_demo(name: str, tiny: list[str], capsys: p
     assert "Run finished" in capsys.readouterr().out
 
 
+def test_lightnings_plateau_scheduler_trains_with_its_monitor(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=train/loss"]
+    main(["fit", "--config=demo", *tiny, *words, "--trainer.fast_dev_run=2"])
+    assert "Run finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("last", [[], ["--without=[ForgettingProbe]"]], ids=["added", "and left out"])
 def test_probe_measures_on_top_of_any_config(
     last: list[str], tiny: list[str], capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
+from grit_lightning.distributed.strategies import GritFSDPStrategy
 from grit_lightning.export.compaction import compact
 from grit_lightning.geometry.audibility import PROBE_TOKENS, probe_token_ids, silent_layers
 from grit_lightning.geometry.sites import find_lora_sites
@@ -185,6 +187,14 @@ def test_silent_layers_that_are_left_out_are_named_once_and_trained_as_a_plain_a
     assert all("basis" not in optimizer.state[site.up.weight] for site in experts)  # by AdamW
     trained = {name: p.detach() for name, p in given.peft_model.named_parameters() if p.requires_grad}
     assert given.geometry.effective_parameters == compact(given.adapter_config, trained).parameters
+
+
+def test_a_sharded_backbone_cannot_leave_layers_out(module: Callable[..., Any]) -> None:
+    given = module("leave_out")
+    given.configure_model()
+    given._trainer = SimpleNamespace(strategy=GritFSDPStrategy.__new__(GritFSDPStrategy))
+    with pytest.raises(ValueError, match=r"silent_layers: expected refuse with a sharded backbone"):
+        given.configure_optimizers()
 
 
 def test_a_model_of_silent_layers_is_refused_whatever_the_setting(

@@ -64,7 +64,7 @@ def test_true_half_precision_rounds_no_state_of_the_geometry(
     finally:
         torch.set_default_dtype(default)
     module.optimizer_factory = lambda parameters: EigenbasisAdam(parameters, lr=0.0)
-    fit(module, batches, precision=precision, accumulate_grad_batches=3)  # a third has no exact half-precision number
+    fit(module, batches, precision=precision)
     assert_agrees(module.geometry, expected, a=tolerance, g=tolerance)
     for group in module.geometry.groups:
         tensors = [group.statistics.gradient_gram, *group.derived._tensors().values()]
@@ -75,6 +75,19 @@ def test_true_half_precision_rounds_no_state_of_the_geometry(
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     assert {value.dtype for value in state} == {torch.float32}
     assert {p.dtype for p in module.parameters()} == {dtype}  # as the Trainer was asked for
+
+
+@pytest.mark.filterwarnings("ignore:trainer.precision")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_true_half_precision_counts_tokens_exactly(
+    precision: Any, make_module: Any, random_batch: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither 1 / 3 nor 3 · 1,001 is a number of half precision."""
+    module, scales = make_module(), []
+    monkeypatch.setattr(module.geometry, "start_micro_batch", lambda mask, scale, *_: scales.append(float(scale)))
+    monkeypatch.setattr(module.geometry, "step", lambda **_: None)
+    fit(module, [random_batch(batch=11, length=92)] * 3, precision=precision, accumulate_grad_batches=3)
+    assert scales == pytest.approx([3 * 11 * 91] * 3, rel=1e-6)
 
 
 def test_true_half_precision_says_that_it_rounds_the_adapter(make_module: Any, random_batch: Any, fit: Any) -> None:
