@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -54,6 +55,12 @@ class ScheduledCallback(Callback):
         """Say whether to act after optimizer step `step`; override for another schedule."""
         within = self.start_step <= step <= (step if self.stop_step is None else self.stop_step)
         return self.every_n_steps is not None and within and step % self.every_n_steps == 0
+
+    def overlaps(self, other: ScheduledCallback) -> bool:
+        """Say whether another schedule has begun before this one ends, and the other way round."""
+        ends = [math.inf if callback.stop_step is None else callback.stop_step for callback in (self, other)]
+        both_act = self.every_n_steps is not None and other.every_n_steps is not None
+        return both_act and self.start_step <= ends[1] and other.start_step <= ends[0]
 
     @abstractmethod
     def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,6 +123,9 @@ class GeometryCallback(ScheduledCallback):
     def validate(self, geometry: RankSpaceGeometry) -> None:
         """Check settings that depend on the model; raise ValueError."""
 
+    def validate_beside(self, others: list[ScheduledCallback]) -> None:
+        """Check settings that depend on the other callbacks with a schedule; raise ValueError."""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolve the geometry, which exists from here on.
 
@@ -123,6 +133,10 @@ class GeometryCallback(ScheduledCallback):
             MisconfigurationException: If the module has no geometry.
         """
         self.validate(self._geometry(pl_module))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        self.validate_beside(
+            [other for other in callbacks if isinstance(other, ScheduledCallback) and other is not self]
+        )
 
     def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act on the geometry."""

@@ -9,13 +9,14 @@ import lightning.pytorch as pl
 import torch
 
 from grit_lightning import functional as F
-from grit_lightning.callbacks.base import GeometryCallback, one_of
+from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.geometry.rank_proposal import RankGuards
 from grit_lightning.geometry.rank_rules import RANK_RULES, RankRule, Scope
 from grit_lightning.geometry.rank_selection import RankSelector
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
+from grit_lightning.ignored_settings import warn_if_ignored
 
 OWNER = "RankAdaptation"  # of the settings, in messages
 
@@ -129,6 +130,7 @@ class RankAdaptation(GeometryCallback):
         self.scope = scope
         self.min_rank = min_rank
         self.min_samples = min_samples
+        self._ignored_if_given = {"threshold": threshold, "return_ratio": return_ratio, "seed": seed}
         self.decisions: deque[RankDecision] = deque(maxlen=10_000)
         self._selector = RankSelector(
             self._make_rule(rule, threshold, budget, scope),
@@ -161,7 +163,7 @@ class RankAdaptation(GeometryCallback):
     # Trainer hooks.
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
-        """Refuse bounds that no layer can have.
+        """Refuse bounds that no layer can have, and say which settings nothing reads.
 
         Raises:
             ValueError: If min_rank exceeds the largest LoRA rank, or min_samples undercuts the geometry's.
@@ -176,6 +178,26 @@ class RankAdaptation(GeometryCallback):
             raise InvalidValueError(
                 f"RankAdaptation.min_samples: expected at least {geometry.config.kfac_min_samples} tokens, before which the "
                 f"geometry changes no layer, got {self.min_samples}. Raise it, or lower model.geometry.kfac_min_samples."
+            )
+        readers = {}
+        if self._selector.rule.needs_budget:
+            readers["threshold"] = "rule: energy or balanced"
+        if self._selector.rule.measures_dropped:
+            readers["return_ratio"] = "rule: balanced or kl_budget"
+        if self._selector.mixing_probability == 0.0:
+            readers["seed"] = "mixing_probability above 0"
+        warn_if_ignored(RankAdaptation, self._ignored_if_given, readers)
+
+    def validate_beside(self, others: list[ScheduledCallback]) -> None:
+        """Refuse two of these that set ranks at the same time.
+
+        Raises:
+            ValueError: If there is another one whose schedule overlaps.
+        """
+        if any(isinstance(other, RankAdaptation) and self.overlaps(other) for other in others):
+            raise InvalidValueError(
+                f"{OWNER}: expected one at a time, got two whose schedules overlap, so that each would undo the other's ranks. "
+                "Remove one, or set stop_step of the first below start_step of the second."
             )
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:

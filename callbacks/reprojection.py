@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch
 
 from grit_lightning import functional as F
-from grit_lightning.callbacks.base import GeometryCallback, one_of
+from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.geometry.reprojection_triggers import TRIGGERS, TriggerSettings
+from grit_lightning.ignored_settings import warn_if_ignored
 
 
 class ReprojectionEvent(NamedTuple):
@@ -41,7 +43,7 @@ class Reprojection(GeometryCallback):
         every_n_steps: Optimizer steps between reprojections (paper: reprojection_freq), or between checks.
         start_step: First optimizer step at which one may happen (paper: reprojection_warmup_steps).
         k: Directions to keep (paper: reprojection_k), a cap on every layer's effective rank; None keeps as many as the
-            effective rank says, which `RankAdaptation` sets.
+            effective rank says, which `RankAdaptation` sets. Not both: a full projection beside it takes no k.
         blend: γ in (0, 1]; 1 projects fully. A smaller γ damps the other directions by 1 − γ and keeps the rank.
         keep_dropped: Keep the rows of A beyond k, which the zeroed columns of B make inert: ΔW is the same, but dropped
             directions stay measured, so that ranks can rise again and the energy of the next decision is that of the whole
@@ -98,6 +100,13 @@ class Reprojection(GeometryCallback):
         self.trigger = trigger
         self.events: deque[ReprojectionEvent] = deque(maxlen=10_000)
         self.event_count = 0
+        self._ignored_if_given = {
+            "mass_low": mass_low,
+            "mass_high": mass_high,
+            "max_drift": max_drift,
+            "keep_dropped": keep_dropped,
+            "preserve_volume": preserve_volume,
+        }
         self._maps = F.maps_rule(self.mode, blend, keep_dropped, preserve_volume)
         limits = TriggerSettings(every_n_steps, k, mass_low, mass_high, max_drift, self.state_key)
         self._trigger = TRIGGERS[trigger](limits)
@@ -110,7 +119,7 @@ class Reprojection(GeometryCallback):
     # Trainer hooks.
 
     def validate(self, geometry: RankSpaceGeometry) -> None:
-        """Refuse a k that no layer can have.
+        """Refuse a k that no layer can have, and say which settings nothing reads.
 
         Raises:
             ValueError: If k exceeds the largest LoRA rank.
@@ -120,6 +129,31 @@ class Reprojection(GeometryCallback):
             raise InvalidValueError(
                 f"Reprojection.k (reprojection_k): expected at most the adapter's rank {largest}, got {self.k}. Lower it, or "
                 "raise adapter.r."
+            )
+        readers = {
+            "mass_low": "trigger: mass_ratio",
+            "mass_high": "trigger: mass_ratio",
+            "max_drift": "trigger: angle_drift",
+            "keep_dropped": "mode: one_sided or two_sided",
+            "preserve_volume": "mode: balanced",
+        }
+        balanced = self.mode is F.ReprojectionMode.BALANCED
+        acting = {"mass_ratio": {"mass_low", "mass_high"}, "angle_drift": {"max_drift"}}.get(self.trigger, set())
+        acting |= {"preserve_volume" if balanced else "keep_dropped"}
+        unread = {name: reader for name, reader in readers.items() if name not in acting}
+        warn_if_ignored(Reprojection, self._ignored_if_given, unread)
+
+    def validate_beside(self, others: list[ScheduledCallback]) -> None:
+        """Refuse to cut ranks to k while `RankAdaptation` sets them: it would raise them again, in the same step.
+
+        Raises:
+            ValueError: If both would.
+        """
+        adapts = any(isinstance(other, RankAdaptation) and self.overlaps(other) for other in others)
+        if adapts and self.k is not None and self.blend == 1.0:
+            raise InvalidValueError(
+                f"Reprojection.k (reprojection_k): expected null beside RankAdaptation, which sets the ranks, got {self.k}. "
+                f"Remove it, and set RankAdaptation.max_rank to {self.k} for a cap."
             )
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:

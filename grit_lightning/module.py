@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, get_peft_config
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from grit_lightning.accumulation_window import AccumulationWindow
 from grit_lightning.backbones.adapters import attach_adapter
@@ -42,10 +41,23 @@ from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
 from grit_lightning.evaluation.datamodule_protocols import HasTasks, evaluation_key
 from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluations
 from grit_lightning.evaluation.generation import GenerationSettings
+from grit_lightning.geometry.audibility import probe_token_ids, settle_layers
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
-from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam
+from grit_lightning.ignored_settings import warn_if_ignored
+from grit_lightning.optimization import (
+    build_optimizer,
+    build_schedule,
+    require_usable,
+    steps_of_the_run,
+    warn_of_settings,
+)
+from grit_lightning.optimizers import GeometryAdam
 from grit_lightning.preflight import require_adapter_fits, require_data_fits
+from grit_lightning.rank_allocation import RankAllocation
+
+ALLOCATION_KEY = "rank_allocation"
+"""Entry of a checkpoint for the state of AdaLoRA's allocator."""
 
 
 class GritLitModule(pl.LightningModule):
@@ -63,8 +75,9 @@ class GritLitModule(pl.LightningModule):
         geometry: Settings of the rank-space geometry, or None to train the plain adapter.
         optimizer: Callable from the trainable parameters to an optimizer. None for the best by our measurements
             (docs/measurements.md): `EigenbasisAdam` with a geometry, `torch.optim.AdamW` without one.
-        lr_scheduler: Callable from the optimizer to a scheduler stepped once per optimizer step, `cosine` for cosine decay
-            to zero after a linear warm-up, or None for a constant rate.
+        lr_scheduler: Callable from the optimizer to a scheduler stepped once per optimizer step (or to Lightning's dict that
+            describes one), `cosine` for cosine decay to zero after a linear warm-up, or None for a constant rate. Lightning's
+            `ReduceLROnPlateau` is asked once an epoch, or once a step where it monitors a key of training.
         warmup_fraction: Part of all optimizer steps that the `cosine` schedule warms up for (paper: 0.05).
         dtype: Dtype of the frozen weights: `auto`, `float32`, `bfloat16` or `float16`.
         quantization: `nf4` quantises the frozen weights to 4 bit through bitsandbytes.
@@ -115,6 +128,7 @@ class GritLitModule(pl.LightningModule):
         self.model: PeftModel | None = None
         self._has_shapes_only = False
         self.geometry: RankSpaceGeometry | None = None
+        self.allocation: RankAllocation | None = None
         self.metrics = ClosedAnswerMetrics()
         settings = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
         self.answer_evaluations = AnswerEvaluations(settings)
@@ -196,6 +210,7 @@ class GritLitModule(pl.LightningModule):
         adapter = to_plain_values(self.adapter_config.to_dict())
         self.packer = CheckpointPacker(fingerprint, adapter, start, geometry, self.window)
         self._model_arguments = accepted_arguments(model)
+        self.allocation = RankAllocation.of(model)
         self.model, self.geometry = model, geometry
         self._adapter_names = adapter_names(self, own)
 
@@ -210,41 +225,55 @@ class GritLitModule(pl.LightningModule):
         self.answer_evaluations.set_up(stage, self._datamodule, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the injected optimizer over the adapter, and its schedule."""
-        factory = self.optimizer_factory or (AdamW if self.geometry is None else EigenbasisAdam)
-        optimizer = factory([p for p in self.parameters() if p.requires_grad])
-        if isinstance(optimizer, GeometryAdam):
-            if self.geometry is None:
-                raise MisconfigurationException(
-                    f"model.geometry: expected a GeometryConfig, which {type(optimizer).__name__} needs, got null. Set it, or "
-                    "set model.optimizer to torch.optim.AdamW."
-                )
-            optimizer.bind(self.geometry)
+        """Settle which layers the geometry follows; build the injected optimizer over the adapter, and its schedule.
+
+        Raises:
+            MisconfigurationException: If the optimizer or the schedule lacks something, see `optimization`.
+            ValueError: If layers cannot be heard, see `geometry.audibility`.
+        """
+        if self.geometry is not None and self._trainer is not None:
+            self._settle_layers(self.geometry)
+        optimizer = build_optimizer(
+            self.optimizer_factory, [p for p in self.parameters() if p.requires_grad], self.geometry
+        )
+        if self.allocation is not None:
+            optimizer.register_step_post_hook(self.allocation.after_step)
         if self.scheduler_factory is None:
             return optimizer
-        if self.scheduler_factory == "cosine":
-            total = int(self.trainer.estimated_stepping_batches)
-            scheduler = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_fraction * total), total)
-        else:
-            scheduler = self.scheduler_factory(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = build_schedule(self.scheduler_factory, optimizer, self.trainer, self.warmup_fraction)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _settle_layers(self, geometry: RankSpaceGeometry) -> None:
+        """Find out with a few tokens which layers can be heard; with sharded weights, the first refresh does.
+
+        Raises:
+            ValueError: If layers cannot be heard and are not to be left out, or cannot be left out under this strategy.
+        """
+        if isinstance(self.trainer.strategy, WholeAdapterStrategy):
+            expected = "refuse with a sharded backbone, whose layers cannot be tried before training"
+            choice = geometry.config.silent_layers
+            require("GeometryConfig", "silent_layers", choice == "refuse", expected, choice)
+            return
+        ids = probe_token_ids(self.peft_model, self.device)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        with self.trainer.precision_plugin.forward_context():
+            settle_layers(geometry, self.peft_model, lambda: self(batch).loss, ids.numel())
 
     def on_fit_start(self) -> None:
         """Check that Trainer and data can serve the geometry, and move its state to the adapter's device.
 
         Raises:
-            MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner
-                would see scaled ones.
+            MisconfigurationException: If the Trainer or a callback cannot serve this module, see `optimization`.
         """
-        if self._scaler is not None:
-            for optimizer in self.trainer.optimizers or []:
-                if getattr(optimizer, "_step_supports_amp_scaling", False):
-                    raise MisconfigurationException(
-                        "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
-                        f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
-                    )
+        require_usable(self.trainer)
+        if self.allocation is not None:
+            self.allocation.require_steps(steps_of_the_run(self.trainer))
         if self.geometry is not None:
             self.geometry.to(self.device)
+        if self.scheduler_factory != "cosine":
+            given, readers = {"warmup_fraction": self.warmup_fraction}, {"warmup_fraction": "lr_scheduler: cosine"}
+            warn_if_ignored(GritLitModule, given, readers)
+        warn_of_settings(self.trainer, self.geometry_config)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -286,7 +315,9 @@ class GritLitModule(pl.LightningModule):
         """
         label_tokens = label_token_count(learnt_labels(batch))
         if self.geometry is not None:
-            loss_scale = torch.full((), 1.0 / self.trainer.accumulate_grad_batches, device=self.device)
+            loss_scale = torch.full(
+                (), 1.0 / self.trainer.accumulate_grad_batches, dtype=torch.float32, device=self.device
+            )
             if self._scaler is not None:
                 loss_scale = self._scaler.scale(loss_scale)
             self.geometry.start_micro_batch(
@@ -404,6 +435,8 @@ class GritLitModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the next step depends on, besides Lightning's own content; a collective."""
         self.packer.pack(checkpoint, trained_parameters(self), self.device)
+        if self.allocation is not None:
+            checkpoint[ALLOCATION_KEY] = self.allocation.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits this model, and only then restore the geometry.
@@ -412,6 +445,8 @@ class GritLitModule(pl.LightningModule):
             ValueError: If the checkpoint is not from this class, or has another format version, backbone or adapter.
         """
         self.packer.unpack(checkpoint, saved_tensors(self, self._adapter_names))
+        if self.allocation is not None:
+            self.allocation.load_state_dict(checkpoint.get(ALLOCATION_KEY))
 
     def on_train_start(self) -> None:
         """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""

@@ -4,7 +4,8 @@
 
     optimizer: {class_path: EigenbasisAdam, init_args: {lr: 3.0e-3}}
 
-Both act on A `[r, d_in]` from the left and on B `[d_out, r]` from the right; parameters that are no LoRA factor get AdamW.
+Both act on A `[r, d_in]` from the left and on B `[d_out, r]` from the right; parameters that are no LoRA factor, and all
+during the geometry's `ng_warmup_steps`, get AdamW. Moments are float32 or better, whatever the parameters are.
 Beyond the paper.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from grit_lightning import functional as F
 from grit_lightning.errors import InvalidValueError
+from grit_lightning.geometry.derived import Derived
 from grit_lightning.geometry.moments import carry_moments
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
@@ -49,7 +51,9 @@ class GeometryAdam(Optimizer):
         ValueError: If a setting is out of range.
     """
 
-    needs_bases = False
+    needs_bases: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Settings of `GeometryConfig`, out of its `PRECONDITIONING`, that change the steps of this rule."""
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class GeometryAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self._geometry: RankSpaceGeometry | None = None
         self._where: dict[Tensor, Location] = {}
+        self._in_force: dict[int, Derived] = {}  # by the id of the group, during a step
 
     def bind(self, geometry: RankSpaceGeometry) -> None:
         """Connect to the geometry whose factors are among the parameters."""
@@ -89,6 +94,16 @@ class GeometryAdam(Optimizer):
         """
         carry_moments(self, group, maps)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep every tensor in its own precision: torch casts state to the dtype of the parameter."""
+        super().load_state_dict(state_dict)
+        ids = (key for group in state_dict["param_groups"] for key in group["params"])
+        parameters = (p for group in self.param_groups for p in group["params"])
+        for key, p in zip(ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if torch.is_tensor(value) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(self.state[p][name].device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -105,6 +120,7 @@ class GeometryAdam(Optimizer):
                 f"{type(self).__name__}: expected a rank-space geometry, got none. Use it in a GritLitModule with `geometry` "
                 "set, or call bind()."
             )
+        self._in_force = {id(group): self._geometry.in_force(group) for group in self._geometry.groups}
         for settings in self.param_groups:
             parameters = [p for p in settings["params"] if p.grad is not None]
             if parameters:
@@ -115,14 +131,18 @@ class GeometryAdam(Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(F.working(p)),
+                    "exp_avg_sq": torch.zeros_like(F.working(p)),
                 }
             self.state[p]["step"] += 1
         updates = self._updates(parameters, settings)
-        torch._foreach_mul_(parameters, 1.0 - settings["lr"] * settings["weight_decay"])
-        torch._foreach_add_(parameters, self._mapped(parameters, updates, _kept), alpha=-settings["lr"])
+        new = [F.working(p) for p in parameters]  # the parameters themselves, unless they are in half precision
+        torch._foreach_mul_(new, 1.0 - settings["lr"] * settings["weight_decay"])
+        torch._foreach_add_(new, self._mapped(parameters, updates, _kept), alpha=-settings["lr"])
+        for p, value in zip(parameters, new, strict=True):
+            if value is not p:
+                p.copy_(value)
 
     @abstractmethod
     def _updates(self, parameters: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
@@ -171,11 +191,12 @@ class EigenbasisAdam(GeometryAdam):
     """
 
     needs_bases = True
+    reads = frozenset({"ng_warmup_steps"})
 
     def _updates(self, parameters: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
         self._follow_bases(parameters)
-        rotated = self._mapped(parameters, [_gradient(p) for p in parameters], lambda *at: _basis(*at).mT)
-        return self._mapped(parameters, self._adam(parameters, rotated, settings), _basis)
+        rotated = self._mapped(parameters, [_gradient(p) for p in parameters], lambda *at: self._basis(*at).mT)
+        return self._mapped(parameters, self._adam(parameters, rotated, settings), self._basis)
 
     @torch.no_grad()
     def change_coordinates(self, group: RankGroup, maps: F.ReprojectionMaps) -> None:
@@ -200,19 +221,24 @@ class EigenbasisAdam(GeometryAdam):
                 continue
             group, side, index = self._where[p]
             state = self.state[p]
+            version = self._in_force[id(group)].version
             if "basis" not in state:
-                state["basis"], state["version"] = _basis(group, side)[index].clone(), group.derived.version
-            elif state["version"] != group.derived.version:
+                state["basis"], state["version"] = self._basis(group, side)[index].clone(), version
+            elif state["version"] != version:
                 moved.append(p)
         for p in moved:
             group, side, index = self._where[p]
             state = self.state[p]
-            basis = _basis(group, side)[index]
+            basis = self._basis(group, side)[index]
             rotation = basis.mT @ state["basis"]
             for name, matrix in (("exp_avg", rotation), ("exp_avg_sq", rotation.square())):
                 matrix = matrix.to(state[name].dtype)
                 state[name] = matrix @ state[name] if side == "a" else state[name] @ matrix.mT
-            state["basis"], state["version"] = basis.clone(), group.derived.version
+            state["basis"], state["version"] = basis.clone(), self._in_force[id(group)].version
+
+    def _basis(self, group: RankGroup, side: Side) -> Tensor:
+        derived = self._in_force[id(group)]
+        return derived.g_basis if side == "a" else derived.a_basis
 
 
 class NaturalAdam(GeometryAdam):
@@ -222,13 +248,13 @@ class NaturalAdam(GeometryAdam):
     the first refresh, and wherever d is not finite, the step is Adam's.
     """
 
+    reads = frozenset({"kfac_damping", "damping_mode", "damping_reference_tokens", "ng_warmup_steps"})
+
     def _updates(self, parameters: list[Tensor], settings: dict[str, Any]) -> list[Tensor]:
         adam = self._adam(parameters, [_gradient(p) for p in parameters], settings)
-        natural = self._mapped(parameters, [self.state[p]["exp_avg"] for p in parameters], _inverse)
-        groups = {id(group): group for group, _, _ in self._where.values()}
-        ready = {
-            key: group.derived.ready.tolist() for key, group in groups.items()
-        }  # one transfer a group, none a layer
+        natural = self._mapped(parameters, [self.state[p]["exp_avg"] for p in parameters], self._inverse)
+        # one transfer a group, none a layer
+        ready = {key: derived.ready.tolist() for key, derived in self._in_force.items()}
         use = [p in self._where and ready[id(self._where[p][0])][self._where[p][2]] for p in parameters]
         lengths, norms = torch._foreach_norm(adam), torch._foreach_norm(natural)
         updates = []
@@ -238,18 +264,14 @@ class NaturalAdam(GeometryAdam):
             updates.append(torch.where(usable, scaled, fallback) if chosen else fallback)
         return updates
 
+    def _inverse(self, group: RankGroup, side: Side) -> Tensor:
+        derived = self._in_force[id(group)]
+        return derived.g_inverse if side == "a" else derived.a_inverse
+
 
 def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
-    return p.grad
-
-
-def _basis(group: RankGroup, side: Side) -> Tensor:
-    return group.derived.g_basis if side == "a" else group.derived.a_basis
-
-
-def _inverse(group: RankGroup, side: Side) -> Tensor:
-    return group.derived.g_inverse if side == "a" else group.derived.a_inverse
+    return F.working(p.grad)
 
 
 def _kept(group: RankGroup, side: Side) -> Tensor:

@@ -18,11 +18,11 @@ PACKAGE = "grit_lightning"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = (
     ("errors",),
-    ("functional", "batches", "runs", "backbones", "configs"),
+    ("functional", "batches", "runs", "backbones", "configs", "ignored_settings", "rank_allocation"),
     ("distributed",),
     ("geometry", "accumulation_window"),
     ("optimizers", "checkpoints", "evaluation"),
-    ("preflight",),
+    ("preflight", "optimization"),
     ("module",),
     ("datamodules",),
     ("forgetting",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +156,83 @@ def test_the_rank_holds_through_further_steps(model: PeftModel, rule: Any) -> No
         for site in group.sites:
             assert bool((site.up.weight[:, 2:] == 0).all())
             assert torch.linalg.matrix_rank(site.up.weight @ site.down.weight) == 2
+
+
+@pytest.mark.parametrize("rule", [EigenbasisAdam, NaturalAdam])
+@pytest.mark.parametrize("warmup", [3, None])
+def test_the_rule_is_adamw_until_the_geometrys_warm_up_ends(
+    model: PeftModel, rule: type[GeometryAdam], warmup: int | None
+) -> None:
+    geometry = with_statistics(model, ng_warmup_steps=warmup, kfac_update_freq=2)
+    parameters = trained(model)
+    twins = [p.detach().clone().requires_grad_() for p in parameters]
+    optimizer = rule(parameters, lr=0.1)
+    optimizer.bind(geometry)
+    reference = torch.optim.AdamW(twins, lr=0.1)
+    for group in geometry.groups:
+        group.counts.capture_counts += 1
+    same = []
+    for seed in range(5):
+        set_gradients(parameters, seed)
+        set_gradients(twins, seed)
+        geometry.step(precondition=False)
+        optimizer.step()
+        reference.step()
+        pairs = zip(parameters, twins, strict=True)
+        same.append(all(torch.allclose(p, twin, rtol=1e-6, atol=1e-9) for p, twin in pairs))
+    assert same == ([True] * 5 if warmup is None else [True, True, True, False, False])
+
+
+def test_the_momentum_of_the_warm_up_is_kept(model: PeftModel) -> None:
+    """The average of raw gradients, whatever coordinates it is kept in, also where bases begin to count."""
+    geometry = with_statistics(model, ng_warmup_steps=1, kfac_update_freq=1)
+    parameters = trained(model)
+    optimizer = EigenbasisAdam(parameters, lr=0.0)
+    optimizer.bind(geometry)
+    for group in geometry.groups:
+        group.counts.capture_counts += 1
+    expected = [torch.zeros_like(p) for p in parameters]
+    for seed in range(3):
+        set_gradients(parameters, seed)
+        geometry.step(precondition=False)
+        optimizer.step()
+        expected = [0.9 * m + 0.1 * p.grad for m, p in zip(expected, parameters, strict=True)]
+    for p, momentum in zip(parameters, expected, strict=True):
+        state, side = optimizer.state[p], optimizer._where[p][1]
+        basis = state["basis"].double()
+        found = basis @ state["exp_avg"] if side == "a" else state["exp_avg"] @ basis.T
+        torch.testing.assert_close(found, momentum, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [EigenbasisAdam, NaturalAdam])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_parameters_only_and_a_checkpoint_none_of_it(
+    model: PeftModel, rule: type[GeometryAdam], dtype: torch.dtype
+) -> None:
+    geometry = with_statistics(model.to(dtype))
+    geometry.refresh()
+    parameters = trained(model)
+    twins = [p.detach().float().requires_grad_() for p in parameters]
+    optimizer, half = rule(twins, lr=1e-3), rule(parameters, lr=1e-3)
+    half.bind(geometry)
+    optimizer.bind(geometry)
+    optimizer._where = {twin: half._where[p] for p, twin in zip(parameters, twins, strict=True)}
+    for seed in range(2):
+        set_gradients(parameters, seed)
+        for p, twin in zip(parameters, twins, strict=True):
+            twin.grad = p.grad.float()
+            twin.data.copy_(p)
+        half.step()
+        optimizer.step()
+    resumed = rule(parameters, lr=1e-3)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    for p, twin in zip(parameters, twins, strict=True):
+        assert torch.equal(p, twin.to(dtype))
+        for name, value in optimizer.state[twin].items():
+            if torch.is_tensor(value):
+                assert value.dtype == half.state[p][name].dtype == resumed.state[p][name].dtype == torch.float32
+                assert torch.equal(value, half.state[p][name])
+                assert torch.equal(value, resumed.state[p][name])
 
 
 def test_a_geometry_optimizer_without_geometry_is_refused(tiny_llama: Any, lora_config: Callable[..., Any]) -> None:

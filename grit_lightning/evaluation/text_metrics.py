@@ -57,7 +57,7 @@ class TextMetric(nn.Module, ABC):
 
     def _count_means(self, rows: Sequence[Mapping[str, Score]]) -> None:
         for name in self.metrics:
-            self._count(name, torch.tensor([float(row[name] or 0) for row in rows]))
+            self._count(name, torch.tensor([float(row[name] or 0) for row in rows], dtype=torch.float32))
 
 
 class Rouge(TextMetric):
@@ -105,7 +105,7 @@ class CorpusBLEU(SacreBLEUScore):
         correct, total = ([int(count) for count in counts.tolist()] for counts in (self.numerator, self.denominator))
         lengths = int(self.preds_len), int(self.target_len)
         score = BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp", max_ngram_order=MAX_NGRAM_ORDER).score
-        return torch.tensor(score / 100)
+        return torch.tensor(score / 100, dtype=torch.float32)
 
 
 class BertScore(TextMetric):

@@ -1,5 +1,6 @@
 """Pure tensor maths of the method: no Lightning, no PEFT, no input or output."""
 
+from grit_lightning.functional._common import working
 from grit_lightning.functional.balancing import balanced_maps, balancing_transform, truncation_cost
 from grit_lightning.functional.carry import (
     GradientMaps,
@@ -128,4 +129,5 @@ __all__ = [
     "truncation_cost",
     "trust_clip",
     "two_sided_maps",
+    "working",
 ]

@@ -10,6 +10,20 @@ from grit_lightning.errors import require
 CovAveraging = Literal["mean", "ema"]
 DampingModeName = Literal["absolute", "relative", "batch_aware", "quantization_aware"]
 PairingName = Literal["kfac", "swapped"]
+SilentLayers = Literal["refuse", "leave_out"]
+
+PRECONDITIONING = frozenset(
+    {
+        "kfac_damping",
+        "damping_mode",
+        "damping_reference_tokens",
+        "trust_clip",
+        "grafting",
+        "pairing",
+        "ng_warmup_steps",
+    }
+)
+"""Settings that act on gradients only: an update rule with an own use of the geometry may not read them."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,16 @@ class GeometryConfig:
         curvature_penalty: λ_K ≥ 0 of the curvature regulariser, ½ λ_K tr(Σ_g Σ_a) per layer; 0 is off and costs nothing.
         reprojection_penalty: λ_R ≥ 0 of the reprojection-consistency regulariser; 0 is off and costs nothing.
         penalty_warmup_steps: Optimizer steps over which both weights rise linearly from 0.
-        ng_warmup_steps: Optimizer steps at the start during which gradients pass unchanged.
+        ng_warmup_steps: Optimizer steps at the start during which gradients pass unchanged, under every update rule; None
+            for all steps, so that the statistics serve reprojection and ranks only.
         cov_update_freq: Micro-batches between two that contribute statistics; 1 uses every one.
         cov_averaging: `mean` weighs every token since the start alike; `ema` forgets with `ema_beta` per optimizer step.
         ema_beta: Decay per optimizer step of the moving average, with bias correction.
         kfac_inversion_device: Where the `[layers, r, r]` factors are inverted: `cpu` (paper), or `auto` for the device
             of the statistics.
+        silent_layers: What becomes of adapted layers from which no statistics can come: those that take no part in the
+            loss, run outside of `lora_A`, or see only some tokens (routed experts). `refuse` names them before training
+            starts; `leave_out` names them too, and trains them as a plain adapter at their full rank.
 
     Raises:
         ValueError: If a value is out of range; the message names the field and what it accepts.
@@ -59,11 +77,12 @@ class GeometryConfig:
     curvature_penalty: float = 0.0
     reprojection_penalty: float = 0.0
     penalty_warmup_steps: int = 0
-    ng_warmup_steps: int = 0
+    ng_warmup_steps: int | None = 0
     cov_update_freq: int = 1
     cov_averaging: CovAveraging = "ema"
     ema_beta: float = 0.95
     kfac_inversion_device: Literal["cpu", "auto"] = "cpu"
+    silent_layers: SilentLayers = "refuse"
 
     def __post_init__(self) -> None:
         """Check every field once, where it is set."""
@@ -79,7 +98,12 @@ class GeometryConfig:
         check("penalty_warmup_steps", self.penalty_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
         check("damping_reference_tokens", self.damping_reference_tokens >= 1, "an integer ≥ 1 (tokens)")
         check("trust_clip", self.trust_clip is None or self.trust_clip > 0, "a number > 0 or null")
-        check("ng_warmup_steps", self.ng_warmup_steps >= 0, "an integer ≥ 0 (optimizer steps)")
+        warmup = self.ng_warmup_steps
+        check(
+            "ng_warmup_steps",
+            warmup is None or warmup >= 0,
+            "an integer ≥ 0 (optimizer steps), or null for all of them",
+        )
         check("cov_update_freq", self.cov_update_freq >= 1, "an integer ≥ 1 (micro-batches)")
         check("ema_beta", 0.0 <= self.ema_beta < 1.0, "a number in [0, 1)")
         for name, choices in (
@@ -87,6 +111,7 @@ class GeometryConfig:
             ("pairing", get_args(PairingName)),
             ("cov_averaging", get_args(CovAveraging)),
             ("kfac_inversion_device", ("cpu", "auto")),
+            ("silent_layers", get_args(SilentLayers)),
         ):
             check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 

@@ -82,7 +82,7 @@ class CoordinateChange:
 
 def _where(choose: Tensor, maps: F.ReprojectionMaps, other: F.ReprojectionMaps | None = None) -> F.ReprojectionMaps:
     """Take `maps` for the layers that `choose` `[L]` marks, `other` (by default the identity) elsewhere."""
-    identity = torch.eye(maps.a_map.shape[-1], device=maps.a_map.device)
+    identity = torch.eye(maps.a_map.shape[-1], dtype=maps.a_map.dtype, device=maps.a_map.device)
     rest = (identity, identity) if other is None else other
     where = choose.view(-1, 1, 1)
     return F.ReprojectionMaps(*(torch.where(where, new, old) for new, old in zip(maps, rest, strict=True)))

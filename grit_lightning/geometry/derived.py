@@ -36,7 +36,7 @@ class Derived:
     @classmethod
     def before_any_refresh(cls, layers: int, r: int) -> Derived:
         """Return what leaves every gradient as it is."""
-        identity = torch.eye(r).repeat(layers, 1, 1)
+        identity = torch.eye(r, dtype=torch.float32).repeat(layers, 1, 1)
         return cls(identity, identity, identity, identity, torch.zeros(layers, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Derived:

@@ -24,12 +24,12 @@ class Preconditioner:
 
     # Refreshing.
 
-    def refresh(self, group: RankGroup, step: int, *, with_bases: bool) -> None:
+    def refresh(self, group: RankGroup, tokens_per_step: Tensor, *, with_bases: bool) -> None:
         """Derive everything anew: one batched Cholesky a factor, over the coordinates below the effective rank.
 
         Args:
             group: Layers to refresh.
-            step: Optimizer steps so far.
+            tokens_per_step: `[L]`, mean over the optimizer steps so far.
             with_bases: Compute eigenbases too.
         """
         kept = group.kept
@@ -40,10 +40,10 @@ class Preconditioner:
         for side, cov in enumerate((group.a_cov, group.g_cov)):
             cov = cov.masked_fill(~block, 0.0).to(device)
             if with_bases:
-                identity = torch.eye(group.r, device=group.device)
+                identity = torch.eye(group.r, dtype=torch.float32, device=group.device)
                 vectors = F.eigenbasis(cov)[1].to(group.device)
                 bases[side] = torch.where(ready.view(-1, 1, 1), vectors, identity)
-            result = F.damped_inverse(cov, self._damping(group, cov, step))
+            result = F.damped_inverse(cov, self._damping(group, cov, tokens_per_step))
             climbed = (result.attempts - 1).clamp(min=0).masked_fill(result.failed & (cov == 0).flatten(1).all(-1), 0)
             group.counts.escalations += climbed.to(group.device)
             inverses.append(result.inverse.to(group.device))
@@ -54,37 +54,40 @@ class Preconditioner:
             g_basis=bases[1],
             ready=ready,
             any_ready=bool(ready.any()),  # the one host sync, so that steps need none
-            penalty=self._penalty_form(group, ready, step) if self._config.regularised else None,
+            penalty=self._penalty_form(group, ready) if self._config.regularised else None,
             version=group.derived.version + 1,
         )
 
-    def _damping(self, group: RankGroup, cov: Tensor, step: int) -> Tensor:
+    def _damping(self, group: RankGroup, cov: Tensor, tokens_per_step: Tensor) -> Tensor:
         """λ `[L]` of one factor, by the configured mode."""
         noise = group.quantization_noise
         return F.damping_levels(
             cov,
             self._config.kfac_damping,
             self._config.damping_mode,
-            tokens=(group.counts.tokens / max(step, 1)).to(cov.device),
+            tokens=tokens_per_step.to(cov.device),
             reference_tokens=self._config.damping_reference_tokens,
             noise=None if noise is None else noise.to(cov.device),
         )
 
-    def _penalty_form(self, group: RankGroup, ready: Tensor, step: int) -> Tensor:
-        """Q `[L, r, r]` of the regularisers at the weights of this step, for the layers with enough samples."""
-        warmup = self._config.penalty_warmup_steps
-        ramp = 1.0 if warmup == 0 else min(1.0, step / warmup)
+    def _penalty_form(self, group: RankGroup, ready: Tensor) -> Tensor:
+        """Q `[L, r, r]` of the regularisers at full weight, for the layers with enough samples."""
         _, vectors = F.eigenbasis(group.a_cov)
         gram = torch.stack(
             [site.scaling**2 * site.up.weight.float().mT @ site.up.weight.float() for site in group.sites]
         )
-        form = F.curvature_form(group.g_cov, ramp * self._config.curvature_penalty)
+        form = F.curvature_form(group.g_cov, self._config.curvature_penalty)
         form = form + F.reprojection_form(
-            F.projector(vectors, group.kept.sum(-1)), gram, ramp * self._config.reprojection_penalty
+            F.projector(vectors, group.kept.sum(-1)), gram, self._config.reprojection_penalty
         )
         return form * ready.view(-1, 1, 1)
 
     # Applying.
+
+    def warming_up(self, step: int) -> bool:
+        """Say whether optimizer step `step` (from 1) leaves gradients as they are."""
+        warmup = self._config.ng_warmup_steps
+        return warmup is None or 0 < step <= warmup
 
     def apply(self, group: RankGroup, step: int, wanted: bool) -> None:
         """Precondition the gradients of a group in place, if wanted, and keep dropped directions still.
@@ -94,7 +97,7 @@ class Preconditioner:
             step: Number of the optimizer step under way, from 1.
             wanted: False leaves gradients raw, but for the dropped directions.
         """
-        preconditions = wanted and step > self._config.ng_warmup_steps and group.derived.any_ready
+        preconditions = wanted and not self.warming_up(step) and group.derived.any_ready
         group.last_step_preconditioned = preconditions
         reduced = bool((group.ranks < group.r).any())
         if not preconditions and not reduced:

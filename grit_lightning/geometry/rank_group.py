@@ -125,7 +125,8 @@ class RankGroup:
 
     def measure_quantization_noise(self) -> None:
         """Measure how far the quantised base layers are from what they stand for; zero for dense ones."""
-        self.quantization_noise = torch.tensor([relative_quantization_noise(site.base) for site in self.sites])
+        noise = [relative_quantization_noise(site.base) for site in self.sites]
+        self.quantization_noise = torch.tensor(noise, dtype=torch.float32)
 
     # Batched access to the factors.
 

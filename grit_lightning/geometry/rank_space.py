@@ -12,7 +12,7 @@ step) and by callbacks (reprojection, rank).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,10 @@ from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.capture import RankSpaceCapture
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.coordinates import CoordinateChange
+from grit_lightning.geometry.derived import Derived
 from grit_lightning.geometry.preconditioner import Preconditioner
 from grit_lightning.geometry.rank_group import RankGroup, group_by_rank
-from grit_lightning.geometry.sites import count_trainable, find_lora_sites
+from grit_lightning.geometry.sites import LoraSite, count_trainable, find_lora_sites, used_ranks
 from grit_lightning.geometry.statistics import LayerCounts, Statistics
 from grit_lightning.geometry.stopwatch import Stopwatch
 
@@ -86,6 +87,10 @@ class RankSpaceGeometry:
         model: PEFT model with one active LoRA adapter.
         config: Settings.
 
+    Attributes:
+        groups: The layers that it follows, by rank.
+        left_out: Adapted layers that it does not follow, because no statistics can come from them.
+
     Raises:
         ValueError: If the model has no plain linear LoRA layer.
     """
@@ -94,24 +99,36 @@ class RankSpaceGeometry:
         """Find the layers and register the hooks."""
         self.config = config
         self.stopwatch = Stopwatch()
-        self.groups = group_by_rank(find_lora_sites(model))
-        self.layers: Mapping[str, LayerView] = {
-            site.name: LayerView(site.name, group, index)
-            for group in self.groups
-            for index, site in enumerate(group.sites)
-        }
-        if config.damping_mode == "quantization_aware":
-            for group in self.groups:
-                group.measure_quantization_noise()  # now: a sharded layer has no weights to look at
+        self.left_out: list[LoraSite] = []
+        self._listen_to(find_lora_sites(model))
         self.reprojection_count = 0
         self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)
-        self._capture = RankSpaceCapture(self.groups, self.stopwatch)
         self._preconditioner = Preconditioner(config)
         self._micro_batches = 0
         self._window_micro_batches = 0
         self._steps = 0
         self._windows_since_reduce = 0
+
+    def _listen_to(self, sites: Iterable[LoraSite]) -> None:
+        """Begin with these layers, without any statistics of them."""
+        self.groups = group_by_rank(sites)
+        self.layers: Mapping[str, LayerView] = {
+            site.name: LayerView(site.name, group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+        if self.config.damping_mode == "quantization_aware":
+            for group in self.groups:
+                group.measure_quantization_noise()  # now: a sharded layer has no weights to look at
+        self._capture = RankSpaceCapture(self.groups, self.stopwatch)
+
+    def leave_out(self, names: Container[str]) -> None:
+        """Stop following these layers, and begin anew with the others; before any statistics are taken."""
+        sites = [site for group in self.groups for site in group.sites]
+        self._capture.detach()
+        self.left_out += [site for site in sites if site.name in names]
+        self._listen_to(site for site in sites if site.name not in names)
 
     # Reading.
 
@@ -127,12 +144,12 @@ class RankSpaceGeometry:
 
     @property
     def effective_parameters(self) -> int:
-        """Σ k·(d_in + d_out) over layers: what a compacted adapter holds (paper, '# Params Trained')."""
-        return sum(
-            int(rank) * site.parameters_per_rank
-            for group in self.groups
-            for site, rank in zip(group.sites, group.ranks.tolist(), strict=True)
-        )
+        """Σ k·(d_in + d_out) over layers: what a compacted adapter holds (paper, '# Params Trained').
+
+        k is the last column of B that is not zero: one that a risen rank allows counts as soon as it has grown.
+        """
+        sites = [*(site for group in self.groups for site in group.sites), *self.left_out]
+        return sum(rank * site.parameters_per_rank for site, rank in zip(sites, used_ranks(sites), strict=True))
 
     @property
     def counters(self) -> dict[str, int]:
@@ -164,6 +181,8 @@ class RankSpaceGeometry:
         for group in self.groups:
             group.start_micro_batch()
         measures = self._micro_batches % self.config.cov_update_freq == 0
+        if loss_scale is not None:
+            loss_scale = loss_scale * self._penalty_weight
         if measures or loss_scale is not None:
             self._capture.start(token_mask.bool(), gradient_scale, measures=measures, loss_scale=loss_scale)
 
@@ -206,6 +225,17 @@ class RankSpaceGeometry:
 
     # Preconditioning.
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether gradients pass unchanged in the optimizer step under way, whatever the update rule (`ng_warmup_steps`)."""
+        return self._preconditioner.warming_up(self._steps)
+
+    def in_force(self, group: RankGroup) -> Derived:
+        """Return what update rules may use of a group in the optimizer step under way: identities while warming up."""
+        if not self.warming_up:
+            return group.derived
+        return Derived.before_any_refresh(len(group.sites), group.r).to(group.device)
+
     @torch.no_grad()
     def step(self, precondition: bool = True) -> None:
         """Close the accumulation window: update statistics, refresh inverses when due, precondition `.grad` in place.
@@ -237,14 +267,26 @@ class RankSpaceGeometry:
 
     def refresh(self) -> None:
         """Invert the damped factors of every layer, and whatever else is derived from the statistics now and then."""
+        micro_batches, every = max(self._micro_batches, 1), self.config.cov_update_freq
+        unmeasured = micro_batches / -(
+            -micro_batches // every
+        )  # tokens are counted in every `every`-th micro-batch only
         for group in self.groups:
-            self._preconditioner.refresh(group, self._steps, with_bases=self.compute_bases)
+            tokens_per_step = group.counts.tokens.float() * unmeasured / max(self._steps, 1)
+            self._preconditioner.refresh(group, tokens_per_step, with_bases=self.compute_bases)
 
     @property
     def penalty(self) -> Tensor:
-        """Value of the regularisers summed over layers, in nats per token, as of the last refresh."""
+        """Value of the regularisers summed over layers, in nats per token, at their forms of the last refresh."""
         forms = [(group.derived.penalty, group.a_cov) for group in self.groups if group.derived.penalty is not None]
-        return torch.stack([F.quadratic_penalty(form, cov).sum() for form, cov in forms] or [torch.zeros(())]).sum()
+        values = [F.quadratic_penalty(form, cov).sum() for form, cov in forms]
+        return self._penalty_weight * torch.stack(values or [torch.zeros((), dtype=torch.float32)]).sum()
+
+    @property
+    def _penalty_weight(self) -> float:
+        """Share of the regularisers' weights in force in the optimizer step under way: rises linearly from 0 to 1."""
+        warmup = self.config.penalty_warmup_steps
+        return 1.0 if warmup == 0 else min(1.0, self._steps / warmup)
 
     def _require_captures(self) -> None:
         silent = [
@@ -374,6 +416,11 @@ class RankSpaceGeometry:
         Raises:
             ValueError: If the state belongs to another adapter layout.
         """
+        if self.config.silent_layers == "leave_out":
+            heard = {name for saved in state["groups"] for name in saved["layers"]}
+            silent = self.layers.keys() - heard
+            if silent and heard <= self.layers.keys():
+                self.leave_out(silent)
         if len(state["groups"]) != len(self.groups):
             raise InvalidValueError(
                 f"Checkpoint: expected {len(self.groups)} rank groups, as this model has, got {len(state['groups'])}. "

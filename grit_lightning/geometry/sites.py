@@ -11,10 +11,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -70,6 +71,19 @@ def require_lora(adapter: PeftConfig) -> None:
             f"model.geometry: expected null, as it follows plain LoRA layers and model.adapter is a {type(adapter).__name__}, "
             "got a GeometryConfig. Set it to null to train this adapter without geometry, or use a LoraConfig."
         )
+
+
+def used_ranks(sites: Iterable[LoraSite]) -> list[int]:
+    """Return, for each layer, the number of columns of B up to the last one that is not zero; one transfer for all.
+
+    On the meta device, where there are no numbers, all r columns count.
+    """
+    sites = list(sites)
+    if any(site.up.weight.is_meta for site in sites):
+        return [site.r for site in sites]
+    columns = [(site.up.weight.detach() != 0).any(dim=0) for site in sites]
+    ranks = [(used * torch.arange(1, len(used) + 1, device=used.device)).amax() for used in columns]
+    return [int(rank) for rank in torch.stack(ranks).tolist()]
 
 
 def find_lora_sites(model: nn.Module) -> list[LoraSite]:

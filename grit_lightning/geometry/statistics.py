@@ -1,6 +1,7 @@
 """What has been measured of the layers that share one LoRA rank: sums over tokens, and counts that all processes share.
 
-Shapes: L layers, r their rank. Sums are float32 `[L, r, r]`, counts int64 `[L]`, both on the adapter's device.
+Shapes: L layers, r their rank. Sums are float32 `[L, r, r]` whatever torch's default dtype, counts int64 `[L]`, both on
+the adapter's device.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class Statistics:
 
     def __init__(self, layers: int, r: int) -> None:
         """Start empty."""
-        self.a = torch.zeros(layers, r, r)
-        self.g = torch.zeros(layers, r, r)
-        self.weight = torch.zeros(layers)
+        self.a = torch.zeros(layers, r, r, dtype=torch.float32)
+        self.g = torch.zeros(layers, r, r, dtype=torch.float32)
+        self.weight = torch.zeros(layers, dtype=torch.float32)
 
     def tensors(self) -> list[Tensor]:
         """Return the three tensors, for transport and persistence."""
@@ -69,7 +70,7 @@ class RunningStatistics:
     def __init__(self, layers: int, r: int) -> None:
         """Start empty."""
         self.micro, self.window, self.local, self.total = (Statistics(layers, r) for _ in range(4))
-        self.gradient_gram = torch.zeros(layers, r, r)
+        self.gradient_gram = torch.zeros(layers, r, r, dtype=torch.float32)
         self.references: dict[str, Tensor] = {}
 
     def add_gradients(self, gradients: Tensor, layers: Tensor, decay: float) -> None:

@@ -166,7 +166,7 @@ def test_events_are_written_and_their_rate_is_logged(
 def test_a_run_without_loggers_writes_nothing(
     make_module: Factory, make_trainer: Factory, loader: Factory, tmp_path: Path
 ) -> None:
-    callbacks = [Reprojection(every_n_steps=1, k=2), RankAdaptation(every_n_steps=1, min_rank=1)]
+    callbacks = [Reprojection(every_n_steps=1), RankAdaptation(every_n_steps=1, min_rank=1)]
     make_trainer(callbacks=callbacks).fit(make_module(), loader(3), loader(1))
     assert callbacks[0].events  # type: ignore[attr-defined]
     assert not list(tmp_path.iterdir())

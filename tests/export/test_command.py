@@ -51,7 +51,7 @@ def test_command_exports_a_real_run(
         accelerator="cpu",
         max_steps=6,
         enable_checkpointing=False,
-        callbacks=[Reprojection("balanced", 2, k=3), RankAdaptation(threshold=0.6, min_rank=1, every_n_steps=2)],
+        callbacks=[Reprojection("balanced", 2), RankAdaptation(threshold=0.6, min_rank=1, max_rank=3, every_n_steps=2)],
         **quiet,
     )
     one = {name: value[0] for name, value in random_batch().items()}

@@ -60,6 +60,17 @@ def test_batch_aware_damping_grows_as_steps_get_smaller(
     )
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_batch_aware_damping_counts_the_tokens_of_micro_batches_that_are_not_measured(
+    model: PeftModel, random_batch: Callable[..., Any], every: int
+) -> None:
+    settings = {"damping_mode": "batch_aware", "kfac_damping": 0.1, "damping_reference_tokens": 320}
+    a_cov, inverse = inverse_of_sigma_a(model, 7, random_batch(batch=2, length=16), cov_update_freq=every, **settings)
+    torch.testing.assert_close(
+        damping_used(a_cov, inverse), torch.full((4,), 0.1 * 10, dtype=torch.float64), rtol=1e-3, atol=0
+    )
+
+
 def test_quantization_aware_damping_adds_the_measured_noise(
     tiny_backbone_dir: Path, lora_config: Callable[..., Any], random_batch: Callable[..., Any], model: PeftModel
 ) -> None:

@@ -16,7 +16,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.amp import GradScaler
 
-from grit_lightning import GeometryConfig
+from grit_lightning import GeometryConfig, RankSpaceGeometry
+from grit_lightning.optimizers import EigenbasisAdam
 
 FP16, BF16 = 1e-2, 8e-2
 
@@ -42,6 +43,56 @@ def test_fp16_with_a_grad_scaler(
     assert_agrees(module.geometry, expected, a=FP16, g=FP16)
     for view in module.geometry:
         assert_not_constant(view.g_cov)
+
+
+@pytest.mark.filterwarnings("ignore:trainer.precision")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_true_half_precision_rounds_no_state_of_the_geometry(
+    precision: Any, make_module: Any, random_batch: Any, fit: Any, truth: Any, assert_agrees: Any
+) -> None:
+    """Under torch's default dtype of that precision, in which Lightning builds and runs the model."""
+    dtype, tolerance = {"bf16-true": (torch.bfloat16, BF16), "16-true": (torch.float16, FP16)}[precision]
+    batches = [random_batch(batch=2, length=12, pad=[0, 4], seed=seed) for seed in range(3)]
+    config = GeometryConfig(kfac_update_freq=1, kfac_min_samples=1, cov_averaging="mean", curvature_penalty=0.1)
+    module = make_module(geometry=config, optimizer=EigenbasisAdam, dtype=str(dtype).removeprefix("torch."))
+    module.to(dtype)
+    expected = truth(module.peft_model, batches)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        module.geometry = RankSpaceGeometry(module.peft_model, config)
+    finally:
+        torch.set_default_dtype(default)
+    module.optimizer_factory = lambda parameters: EigenbasisAdam(parameters, lr=0.0)
+    fit(module, batches, precision=precision)
+    assert_agrees(module.geometry, expected, a=tolerance, g=tolerance)
+    for group in module.geometry.groups:
+        tensors = [group.statistics.gradient_gram, *group.derived._tensors().values()]
+        for part in (group.statistics.micro, group.statistics.window, group.statistics.local, group.statistics.total):
+            tensors += part.tensors()
+        assert {tensor.dtype for tensor in tensors} <= {torch.float32, torch.bool}
+    (optimizer,) = module.trainer.optimizers
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    assert {value.dtype for value in state} == {torch.float32}
+    assert {p.dtype for p in module.parameters()} == {dtype}  # as the Trainer was asked for
+
+
+@pytest.mark.filterwarnings("ignore:trainer.precision")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_true_half_precision_counts_tokens_exactly(
+    precision: Any, make_module: Any, random_batch: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither 1 / 3 nor 3 · 1,001 is a number of half precision."""
+    module, scales = make_module(), []
+    monkeypatch.setattr(module.geometry, "start_micro_batch", lambda mask, scale, *_: scales.append(float(scale)))
+    monkeypatch.setattr(module.geometry, "step", lambda **_: None)
+    fit(module, [random_batch(batch=11, length=92)] * 3, precision=precision, accumulate_grad_batches=3)
+    assert scales == pytest.approx([3 * 11 * 91] * 3, rel=1e-6)
+
+
+def test_true_half_precision_says_that_it_rounds_the_adapter(make_module: Any, random_batch: Any, fit: Any) -> None:
+    with pytest.warns(UserWarning, match=r"trainer\.precision: bf16-true .* 1/256 .* model\.dtype to bfloat16"):
+        fit(make_module(), [random_batch()], precision="bf16-true")
 
 
 @pytest.mark.parametrize("setting", [{"precision": "bf16-mixed"}, {"dtype": "bfloat16"}], ids=["mixed", "backbone"])
