@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import datasets
 
+from grit_lightning.datamodules.pipeline.delimited import other_separator
 from grit_lightning.datamodules.pipeline.orders import shuffled
 from grit_lightning.errors import InvalidValueError
 
@@ -73,13 +74,10 @@ def select_columns(
         )
     found = table.column_names
     if missing := [name for name in names.values() if name not in found]:
-        glued = next((delimiter for delimiter in "\t;,|" if len(found) == 1 and delimiter in found[0]), None)
-        hint = (
-            f"The header is separated by {glued!r}: name the file .tsv for tabs, or convert it to .csv with commas."
-            if glued
-            else "If it has another name there, set `columns` to a mapping from the task's name to that one."
-        )
+        renamed = "If it has another name there, set `columns` to a mapping from the task's name to that one."
         wanted = ", ".join(map(repr, missing))
-        raise InvalidValueError(f"{where}: expected {wanted} among the columns, got {found}. {hint}")
+        raise InvalidValueError(
+            f"{where}: expected {wanted} among the columns, got {found}. {other_separator(found) or renamed}"
+        )
     kept = table.select_columns(list(names.values()))
     return kept.rename_columns({name: column for column, name in names.items() if name != column})

@@ -24,7 +24,9 @@ from grit_lightning.errors import FileAccessError
 _ROWS_AT_ONCE = 1000
 
 
-def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datasets.Dataset]) -> datasets.Dataset:
+def read_or_make(
+    folder: Path, name: str, key: str, make: Callable[[Path], object], setting: str = "cache_dir"
+) -> datasets.Dataset:
     """Read a table from the cache, or make it.
 
     Args:
@@ -32,6 +34,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
         name: What the table is, for the file's name.
         key: Hash of what it depends on.
         make: Writes the table to the path it is given, whole or not at all.
+        setting: What says where the cache is, for messages.
 
     Returns:
         The table, memory-mapped.
@@ -51,7 +54,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
             make(file)
     except OSError as error:
         raise FileAccessError(
-            f"cache_dir: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
+            f"{setting}: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
         ) from error
     return datasets.Dataset.from_file(str(file))
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from grit_lightning.datamodules.pipeline.encoding import EncodedRow, PromptEncoder
 from grit_lightning.datamodules.pipeline.sources import quiet
-from grit_lightning.datamodules.pipeline.text import normalise
+from grit_lightning.datamodules.pipeline.text import as_text, normalise
 from grit_lightning.datamodules.pipeline.token_cache import content_hash, settings_hash, tokenizer_hash
 from grit_lightning.errors import InvalidValueError
 
-FORMAT = 1
+FORMAT = 2
 """Version of what this module writes for the same rows and settings: raise it when that changes."""
 
 FEATURES = datasets.Features(
@@ -114,10 +114,10 @@ class RowEncoder:
     def encode_batch(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Encode a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
         rows = [dict(zip(batch, map(self._clean, values), strict=True)) for values in zip(*batch.values(), strict=True)]
-        answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
-        usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
-        texts = [{column: _text(value) for column, value in row.items()} for row, _ in usable]
-        ready = iter(self.encoder.encode(texts, [answer for _, answer in usable]))
+        read = [self._read(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        usable = [pair for pair in read if pair is not None]
+        answers = [None if pair is None else pair[1] for pair in read]
+        ready = iter(self.encoder.encode([prompt for prompt, _ in usable], [answer for _, answer in usable]))
         encoded = [EncodedRow([], 0, "invalid") if answer is None else next(ready) for answer in answers]
         return {
             "input_ids": [row.input_ids for row in encoded],
@@ -131,15 +131,19 @@ class RowEncoder:
     def _clean(self, value: Any) -> Any:
         return normalise(value) if self.normalise_text and isinstance(value, str) else value
 
-    def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
-        """Return the answer of a row in which all columns but the template's optional ones are filled; None to skip the row."""
+    def _read(self, row: Mapping[str, Any], number: int) -> tuple[dict[str, str], str] | None:
+        """Return the texts of the prompt's columns and the answer of a row; None to skip the row.
+
+        All columns but the template's optional ones have to be filled.
+        """
+        template = self.encoder.template
         try:
             for column, value in row.items():
-                if not _text(value).strip() and column not in self.encoder.template.prompt_without:
-                    raise InvalidValueError(
-                        f"column {self.names.get(column, column)!r}: expected a value, got an empty field"
-                    )
-            answer = self.answer(row)
+                empty = value is None or (isinstance(value, str) and not value.strip())
+                if empty and column not in template.prompt_without:
+                    raise InvalidValueError(f"column {self._name(column)!r}: expected a value, got an empty field")
+            prompt = {column: as_text(row[column], self._name(column)) for column in sorted(template.columns)}
+            answer = as_text(self.answer(row), "answer")
             if self.choices and answer not in self.choices:
                 raise InvalidValueError(f"answer: expected one of {list(self.choices)}, got {answer!r}")
         except ValueError as error:
@@ -148,7 +152,11 @@ class RowEncoder:
             raise InvalidValueError(
                 f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
             ) from error
-        return answer
+        return prompt, answer
+
+    def _name(self, column: str) -> str:
+        """Return what the source calls a column of the task."""
+        return self.names.get(column, column)
 
 
 def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
@@ -161,7 +169,3 @@ def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[
         rows if len(kept) == len(statuses) else rows.select(kept),
         Counter({str(status): int(count) for status, count in counts.items()}),
     )
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

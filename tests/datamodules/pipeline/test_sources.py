@@ -44,16 +44,8 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    assert read_files([write(tmp_path / f"train{suffix}")]).to_list() == ROWS
-
-
-def test_tsv_is_read_without_quoting_as_glue_writes_it(tmp_path: Path) -> None:
-    path = tmp_path / "dev.tsv"
-    path.write_text('index\tquestion\tlabel\n0\t"No?\tentailment\n1\t"Yes" he said\tnot_entailment\n')
-    assert read_files([path]).to_list() == [
-        {"index": 0, "question": '"No?', "label": "entailment"},
-        {"index": 1, "question": '"Yes" he said', "label": "not_entailment"},
-    ]
+    rows = [{**row, "answer": str(row["answer"])} for row in ROWS] if suffix == ".csv" else ROWS
+    assert read_files([write(tmp_path / f"train{suffix}")]).to_list() == rows
 
 
 @pytest.mark.parametrize(
