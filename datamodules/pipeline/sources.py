@@ -83,7 +83,9 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
     """Find the files of one split in a folder, or take a single file.
 
     A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
-    searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file with any other name is the training split.
+    searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. What begins with
+    a dot or an underscore, and all below such a folder, is left aside: `.ipynb_checkpoints`, `.git`, `__MACOSX`, `_temp`.
+    A lone file with any other name is the training split.
 
     Args:
         source: Folder or file.
@@ -105,7 +107,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
         files = [source]
     else:
         root = source / config if config and (source / config).is_dir() else source
-        files = sorted(file for file in root.rglob("*") if format_of(file) in READERS and not file.name.startswith("."))
+        files = sorted(file for file in root.rglob("*") if format_of(file) in READERS and not _is_set_aside(file, root))
         if not files:
             raise MissingFileError(
                 f"source: expected a folder with data files ({', '.join(READERS)}), got {source}, which holds none."
@@ -165,6 +167,10 @@ def quiet() -> Iterator[None]:
     finally:
         if enabled:
             datasets.enable_progress_bars()
+
+
+def _is_set_aside(file: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
 
 
 def _split_of(file: Path) -> str | None:

@@ -75,6 +75,28 @@ def test_shards_are_joined_in_order_and_lookalikes_are_left_out(tmp_path: Path) 
     assert table["question"][:] == ["shard 0", "shard 1"]
 
 
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ".ipynb_checkpoints/train-checkpoint.jsonl",
+        "__MACOSX/._train.jsonl",
+        ".git/lfs/train.jsonl",
+        "_temp/0/train.jsonl",
+        "deep/.cache/huggingface/train.jsonl",
+        "._train.jsonl",
+        "_train.jsonl",
+    ],
+)
+def test_what_begins_with_a_dot_or_an_underscore_is_no_data(tmp_path: Path, copy: str) -> None:
+    root = tmp_path / "_project" / ".data"  # above the source, names do not matter
+    write(root / copy, ROWS[:1])
+    with pytest.raises(FileNotFoundError, match="which holds none"):
+        find_files(root, "train")
+    for split in ("train", "validation"):
+        write(root / "data" / f"{split}.jsonl", ROWS)
+        assert find_files(root, split) == [root / "data" / f"{split}.jsonl"]
+
+
 def test_the_configurations_subfolder_is_preferred(tmp_path: Path) -> None:
     write(tmp_path / "main" / "train.jsonl", ROWS[:1])
     write(tmp_path / "socratic" / "train.jsonl", ROWS)
