@@ -113,6 +113,7 @@ class TaskDataModule(ResumableDataModule):
         holdout_seed: int = 0,
         padding_side: Literal["left", "right"] = "right",
         append_eos: bool | None = None,
+        allow_control_tokens: bool = False,
         invalid_rows: Literal["error", "skip"] | None = None,
         normalise_text: bool = True,
         length_bucketing: bool = False,
@@ -141,7 +142,10 @@ class TaskDataModule(ResumableDataModule):
             holdout_seed: Determines which rows these are. Independent of `seed`, so that no run evaluates on rows that a run
                 with another seed has trained on.
             padding_side: Where short rows are filled up.
-            append_eos: Learn the end-of-sequence token after the answer; None for free answers only.
+            append_eos: Learn to end the answer: with the end-of-sequence token, or with a chat template as that one ends a turn
+                (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`). None for free answers only.
+            allow_control_tokens: Let the name of a special token that stands in a row, such as `<|im_end|>` or `<s>`, be that
+                token. By default it is text, and only templates make special tokens.
             invalid_rows: What to do with an empty field or an unknown label: raise an error, or skip and count. None for the
                 task's own choice.
             normalise_text: Compose Unicode (NFC), unify line ends, drop control characters and trailing whitespace.
@@ -185,6 +189,7 @@ class TaskDataModule(ResumableDataModule):
         self.holdout_seed = holdout_seed
         self.padding_side = padding_side
         self.append_eos = not self.choices if append_eos is None else append_eos
+        self.allow_control_tokens = allow_control_tokens
         self.invalid_rows = invalid_rows or self.default_invalid_rows
         self.normalise_text = normalise_text
         self.length_bucketing = length_bucketing
@@ -227,7 +232,19 @@ class TaskDataModule(ResumableDataModule):
         """What turns rows into token ids; template and settings are checked when it is made, at first use."""
         template = PromptTemplate.load(self.template)
         template.check(self.schema)
-        return PromptEncoder(self.tokenizer, template, self.max_length, self.use_chat_template, self.append_eos)
+        return PromptEncoder(
+            self.tokenizer,
+            template,
+            self.max_length,
+            self.use_chat_template,
+            self.append_eos,
+            self.allow_control_tokens,
+        )
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a generated answer: those that training teaches."""
+        return self.encoder.stop_ids
 
     @property
     def table(self) -> TaskTable:
@@ -355,7 +372,8 @@ class TaskDataModule(ResumableDataModule):
     def collator(self, *, evaluating: bool = False) -> Collator:
         """Return what turns rows into a batch."""
         choice_ids = self.encoder.choice_ids(self.choices) if evaluating and self.choices else None
-        return Collator(self.tokenizer.pad_token_id, self.padding_side, choice_ids)
+        pad_id = self.tokenizer.pad_token_id
+        return Collator(0 if pad_id is None else pad_id, self.padding_side, choice_ids)  # any will do: it is masked
 
     # From rows to token ids
 

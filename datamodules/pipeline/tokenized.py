@@ -107,6 +107,7 @@ class RowEncoder:
                 "tokenizer": tokenizer_hash(encoder.tokenizer),
                 "use_chat_template": encoder.use_chat_template,
                 "append_eos": encoder.append_eos,
+                "allow_control_tokens": encoder.allow_control_tokens,
                 "max_length": encoder.max_length,
             }
         )
