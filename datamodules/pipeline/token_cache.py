@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def source_hash(cls: type, base: type) -> str:
-    """Return a hash of the source of a class and its parents below `base`: what a task's own code depends on."""
+    """Return a hash of the code of a class and its parents below `base`, and of all else in the files they stand in."""
     texts = []
     for parent in cls.__mro__[: cls.__mro__.index(base)]:
         try:
-            texts.append(inspect.getsource(parent))
-        except (OSError, TypeError):  # typed into an interpreter
-            texts.append(repr(parent))
+            texts += [parent.__qualname__, inspect.getsource(sys.modules[parent.__module__])]
+        except (OSError, TypeError, KeyError):  # typed into an interpreter or a notebook: no file to read
+            methods = {name: value for name, value in vars(parent).items() if inspect.isfunction(value)}
+            texts.append(datasets.fingerprint.Hasher.hash(methods))  # with the globals that they use
     return settings_hash({"source": texts})
 
 
