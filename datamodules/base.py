@@ -47,7 +47,7 @@ from grit_lightning.datamodules.pipeline.resumable import (
 )
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
 from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash, source_hash
-from grit_lightning.datamodules.pipeline.tokenized import RowEncoder, drop_unusable
+from grit_lightning.datamodules.pipeline.tokenized import INVALID, RowEncoder, drop_unusable
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.evaluation.choices import classification_metrics
 
@@ -210,7 +210,8 @@ class TaskDataModule(ResumableDataModule):
         """Return the answer of a row: one of `choices`, or free text.
 
         Args:
-            row: The task's columns, with the values of the source.
+            row: The task's columns, with the values of the source. A column that is read here may not be empty, unless the
+                template has a prompt without it.
 
         Raises:
             ValueError: The row has no usable answer; says what it has.
@@ -228,13 +229,18 @@ class TaskDataModule(ResumableDataModule):
         return self._tokenizer
 
     @cached_property
-    def encoder(self) -> PromptEncoder:
-        """What turns rows into token ids; template and settings are checked when it is made, at first use."""
+    def prompt_template(self) -> PromptTemplate:
+        """How a row is written; read and checked at first use."""
         template = PromptTemplate.load(self.template)
         template.check(self.schema)
+        return template
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """What turns rows into token ids; settings are checked when it is made, at first use."""
         return PromptEncoder(
             self.tokenizer,
-            template,
+            self.prompt_template,
             self.max_length,
             self.use_chat_template,
             self.append_eos,
@@ -261,6 +267,7 @@ class TaskDataModule(ResumableDataModule):
             self.columns,
             self.holdout,
             self.holdout_seed,
+            self.prompt_template.columns,  # and those that `answer` asks for, which shows when it does
         )
 
     def metrics(self) -> MetricCollection | None:
@@ -399,6 +406,7 @@ class TaskDataModule(ResumableDataModule):
             version,
             rows.where,
             self.columns,
+            rows.found,
         )
         return read_or_make(
             Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "grit_lightning").expanduser(),
@@ -410,16 +418,17 @@ class TaskDataModule(ResumableDataModule):
     def _report(self, split: Split, statuses: Counter[str], where: str) -> None:
         """Say once for each split what was cut and left out."""
         template = self.encoder.template
+        invalid = {status.removeprefix(INVALID): n for status, n in statuses.items() if status.startswith(INVALID)}
         problems = {
             f"{statuses['truncated']} lost the end of {template.truncate!r} to fit": statuses["truncated"],
             f"{statuses['too_long']} left out, as prompt and answer do not fit": statuses["too_long"],
-            f"{statuses['invalid']} left out, with an empty field or unknown label": statuses["invalid"],
         }
+        problems |= {f"{count} left out: {reason}": count for reason, count in sorted(invalid.items())}
         rows = statuses.total()
         said = "; ".join(text for text, count in problems.items() if count)
         message = f"{where}: of {rows} rows, {said} (max_length={self.max_length})."
         self.truncated[split] = statuses["truncated"]
-        self.dropped[split] = statuses["too_long"] + statuses["invalid"]
+        self.dropped[split] = statuses["too_long"] + sum(invalid.values())
         if self.dropped[split] == rows:
             raise InvalidValueError(
                 f"{message} Expected at least one row with an answer to learn, got none. Raise max_length, or correct the rows."

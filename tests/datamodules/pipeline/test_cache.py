@@ -202,7 +202,7 @@ def test_counts_of_left_out_rows_are_told_from_the_cache_too(
     )
     for _ in range(2):
         module = make(cases["qnli"], source=source, invalid_rows="skip")
-        with pytest.warns(UserWarning, match="of 5 rows, 1 left out, with an empty field"):
+        with pytest.warns(UserWarning, match="of 5 rows, 1 left out: no usable answer"):
             module.setup("validate")
         assert module.dropped == {"validation": 1}
 
