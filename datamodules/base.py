@@ -18,7 +18,7 @@ Exported by `grit_lightning.datamodules`, it is a task of `grit prepare` too.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.backbones.loading import load_tokenizer
+from grit_lightning.backbones.loading import backbone_context, load_tokenizer
 from grit_lightning.datamodules.pipeline.collate import Collator
 from grit_lightning.datamodules.pipeline.encoding import PromptEncoder
 from grit_lightning.datamodules.pipeline.evaluation_rows import EvaluationRows, EvaluationSampler
@@ -48,8 +48,10 @@ from grit_lightning.datamodules.pipeline.resumable import (
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
 from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash, source_hash
 from grit_lightning.datamodules.pipeline.tokenized import INVALID, RowEncoder, drop_unusable
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.errors import InvalidTypeError, InvalidValueError
 from grit_lightning.evaluation.choices import classification_metrics
+
+log = logging.getLogger(__name__)
 
 BUCKET_WINDOW = 50
 """Training batches that are sorted by length together: enough to fill them well, few enough to leave them random."""
@@ -70,19 +72,18 @@ class TaskDataModule(ResumableDataModule):
         text_metrics: What generated answers are measured by: any of "rouge", "bleu", "bertscore", "exact_match" and
             "classification".
         published: What is known of the published splits, for `grit prepare`.
-        max_length: Upper bound on prompt plus answer, in tokens.
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows whose prompt was cut, for each split that was set up.
     """
 
     task_name: ClassVar[str]
-    hub_id: ClassVar[str]
+    hub_id: ClassVar[str | None] = None
     hub_config: ClassVar[str | None] = None
     hub_splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     test_split: ClassVar[Split] = "validation"
-    schema: ClassVar[tuple[str, ...]]
+    schema: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[list[str]] = []
-    default_template: ClassVar[str]
+    default_template: ClassVar[str | None] = None
     default_max_length: ClassVar[int] = 1024
     text_metrics: ClassVar[tuple[str, ...]] = ()
     default_invalid_rows: ClassVar[Literal["error", "skip"]] = "error"
@@ -130,7 +131,8 @@ class TaskDataModule(ResumableDataModule):
                 with a chat template the one that ends in `_instruct`, if there is one.
             use_chat_template: Wrap prompts in the tokenizer's chat template.
             columns: Task column → column of the source, where the names differ.
-            max_length: Upper bound on prompt plus answer in tokens; None for the task's own.
+            max_length: Upper bound on prompt plus answer in tokens; None for the task's own, or what tokenizer and backbone
+                allow, if that is less.
             batch_size: Training rows per batch.
             eval_batch_size: Evaluation rows per batch; None for `batch_size`.
             num_workers: Data-loader processes.
@@ -154,9 +156,12 @@ class TaskDataModule(ResumableDataModule):
             cache_dir: Folder that keeps token ids; None for one in the cache of `datasets`.
 
         Raises:
-            ValueError: A setting is out of range, two exclude each other, or `columns` names a column the task does not have.
+            ValueError: A setting is out of range, two exclude each other, `columns` names a column the task does not have, or
+                there is no source or template.
+            TypeError: The class lacks `schema` or `answer`.
         """
         super().__init__()
+        self._require_a_whole_task(source, template)
         limits: dict[Split, int | None] = {"train": train_limit, "validation": val_limit, "test": test_limit}
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         sizes |= {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
@@ -179,7 +184,6 @@ class TaskDataModule(ResumableDataModule):
         self.template = template or self._own_template(use_chat_template)
         self.use_chat_template = use_chat_template
         self.columns = dict(columns or {})
-        self.max_length = max_length or self.default_max_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -197,17 +201,39 @@ class TaskDataModule(ResumableDataModule):
         self.cache_dir = cache_dir
         self.truncated: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
+        self._max_length = max_length
+        self._backbone = tokenizer if isinstance(tokenizer, str) else None
         self._tokenizer = tokenizer
         self._encoded: dict[Split, datasets.Dataset] = {}
 
     @classmethod
+    def _require_a_whole_task(cls, source: str | None, template: str | None) -> None:
+        """Check that the class and the settings together say what a task has to say."""
+        lacks = {"the attribute `schema`, its columns": not cls.schema}
+        lacks["the method `answer(self, row)`, which returns the answer of a row"] = cls.answer is TaskDataModule.answer
+        if missing := [what for what, absent in lacks.items() if absent]:
+            raise InvalidTypeError(
+                f"{cls.__name__}: expected a subclass of TaskDataModule with {' and '.join(missing)}, got one without. "
+                "Write it into the class."
+            )
+        if template is None and cls.default_template is None:
+            raise InvalidValueError(
+                f"template: expected a template's name or path, as {cls.__name__} has no `default_template`, got null. Set it."
+            )
+        if source is None and cls.hub_id is None:
+            raise InvalidValueError(
+                f"source: expected a folder or file of data, as {cls.__name__} names no table on the hub (`hub_id`), got null. "
+                "Set it."
+            )
+
+    @classmethod
     def _own_template(cls, use_chat_template: bool) -> str:
+        assert cls.default_template is not None
         instruct = f"{cls.default_template}_instruct"
         return instruct if use_chat_template and instruct in shipped_templates() else cls.default_template
 
-    @abstractmethod
     def answer(self, row: Mapping[str, Any]) -> str:
-        """Return the answer of a row: one of `choices`, or free text.
+        """Return the answer of a row: one of `choices`, or free text. Every task has its own.
 
         Args:
             row: The task's columns, with the values of the source. A column that is read here may not be empty, unless the
@@ -216,10 +242,22 @@ class TaskDataModule(ResumableDataModule):
         Raises:
             ValueError: The row has no usable answer; says what it has.
         """
+        raise NotImplementedError
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the task's own settings that `answer` depends on, as plain values; a change makes new token ids."""
         return {}
+
+    @cached_property
+    def max_length(self) -> int:
+        """Upper bound on prompt plus answer, in tokens."""
+        if self._max_length is not None:
+            return int(self._max_length)
+        context = None if self._backbone is None else backbone_context(self._backbone)
+        allowed = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
+        if allowed < self.default_max_length:
+            log.info("%s: max_length is %d, all that tokenizer and backbone allow", self.task_name, allowed)
+        return min(allowed, self.default_max_length)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -59,7 +59,7 @@ class TaskTable:
     task: str
     source: str | None
     schema: Sequence[str]
-    hub_id: str
+    hub_id: str | None
     hub_config: str | None = None
     hub_splits: Sequence[str] = ("train",)
     test_split: Split = "validation"
@@ -113,6 +113,7 @@ class TaskTable:
             ConnectionError: The hub cannot be reached.
         """
         if self.source is None:
+            assert self.hub_id is not None  # else the task has asked for a source
             return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
         if not self.source.startswith(PYPI_PREFIX):
             return read_local(Path(self.source).expanduser(), split, self.hub_config)

@@ -148,7 +148,9 @@ class RowEncoder:
         checked = TaskRow(row, template.prompt_without)
         try:
             prompt = {column: as_text(checked[column], column) for column in sorted(template.columns)}
-            answer = as_text(self.answer(checked), "answer")
+            answer = self.answer(checked)
+            if not isinstance(answer, str):
+                raise InvalidValueError(f"answer: expected text from the task's `answer`, got {answer!r}")
             if self.choices and answer not in self.choices:
                 raise InvalidValueError(f"answer: expected one of {list(self.choices)}, got {answer!r}")
         except MissingColumnError as error:
