@@ -311,7 +311,8 @@ class TaskDataModule(ResumableDataModule):
     def metrics(self) -> MetricCollection | None:
         """Return accuracy, precision, recall and F1 from predicted classes [B] and targets [B]; None for free answers.
 
-        With two choices the second is the positive class; with more, precision, recall and F1 are macro averages.
+        With two choices the second is the positive class, and there are macro averages too (macro_f1); with more, precision,
+        recall and F1 are macro averages.
         """
         return classification_metrics(len(self.choices)) if self.choices else None
 
