@@ -1,7 +1,5 @@
 """One task per file, over one shared base. A new task is exported here by one line, and is then known everywhere."""
 
-from inspect import isabstract
-
 from grit_lightning.datamodules.alpaca import AlpacaDataModule as AlpacaDataModule  # `as`: exported
 from grit_lightning.datamodules.base import TaskDataModule as TaskDataModule
 from grit_lightning.datamodules.boolq import BoolQDataModule as BoolQDataModule
@@ -13,6 +11,6 @@ from grit_lightning.datamodules.qnli import QNLIDataModule as QNLIDataModule
 TASKS: dict[str, type[TaskDataModule]] = {
     exported.task_name.lower(): exported
     for exported in list(globals().values())
-    if isinstance(exported, type) and issubclass(exported, TaskDataModule) and not isabstract(exported)
+    if isinstance(exported, type) and issubclass(exported, TaskDataModule) and exported is not TaskDataModule
 }
 """Every task by its name in lower case."""

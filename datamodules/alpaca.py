@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.datamodules.pipeline.text import as_text
 
 
 class AlpacaDataModule(TaskDataModule):
@@ -30,4 +31,4 @@ class AlpacaDataModule(TaskDataModule):
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """Return the column `output`."""
-        return str(row["output"])
+        return as_text(row["output"], "output")

@@ -18,7 +18,7 @@ Exported by `grit_lightning.datamodules`, it is a task of `grit prepare` too.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.backbones.loading import load_tokenizer
+from grit_lightning.backbones.loading import backbone_context, load_tokenizer
 from grit_lightning.datamodules.pipeline.collate import Collator
 from grit_lightning.datamodules.pipeline.encoding import PromptEncoder
 from grit_lightning.datamodules.pipeline.evaluation_rows import EvaluationRows, EvaluationSampler
@@ -47,9 +47,11 @@ from grit_lightning.datamodules.pipeline.resumable import (
 )
 from grit_lightning.datamodules.pipeline.task_table import PackageReader, Rows, Split, TaskTable
 from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash, source_hash
-from grit_lightning.datamodules.pipeline.tokenized import RowEncoder, drop_unusable
-from grit_lightning.errors import InvalidValueError
+from grit_lightning.datamodules.pipeline.tokenized import INVALID, RowEncoder, drop_unusable
+from grit_lightning.errors import InvalidTypeError, InvalidValueError
 from grit_lightning.evaluation.choices import classification_metrics
+
+log = logging.getLogger(__name__)
 
 BUCKET_WINDOW = 50
 """Training batches that are sorted by length together: enough to fill them well, few enough to leave them random."""
@@ -70,19 +72,18 @@ class TaskDataModule(ResumableDataModule):
         text_metrics: What generated answers are measured by: any of "rouge", "bleu", "bertscore", "exact_match" and
             "classification".
         published: What is known of the published splits, for `grit prepare`.
-        max_length: Upper bound on prompt plus answer, in tokens.
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows whose prompt was cut, for each split that was set up.
     """
 
     task_name: ClassVar[str]
-    hub_id: ClassVar[str]
+    hub_id: ClassVar[str | None] = None
     hub_config: ClassVar[str | None] = None
     hub_splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     test_split: ClassVar[Split] = "validation"
-    schema: ClassVar[tuple[str, ...]]
+    schema: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[list[str]] = []
-    default_template: ClassVar[str]
+    default_template: ClassVar[str | None] = None
     default_max_length: ClassVar[int] = 1024
     text_metrics: ClassVar[tuple[str, ...]] = ()
     default_invalid_rows: ClassVar[Literal["error", "skip"]] = "error"
@@ -113,6 +114,7 @@ class TaskDataModule(ResumableDataModule):
         holdout_seed: int = 0,
         padding_side: Literal["left", "right"] = "right",
         append_eos: bool | None = None,
+        allow_control_tokens: bool = False,
         invalid_rows: Literal["error", "skip"] | None = None,
         normalise_text: bool = True,
         length_bucketing: bool = False,
@@ -129,7 +131,8 @@ class TaskDataModule(ResumableDataModule):
                 with a chat template the one that ends in `_instruct`, if there is one.
             use_chat_template: Wrap prompts in the tokenizer's chat template.
             columns: Task column → column of the source, where the names differ.
-            max_length: Upper bound on prompt plus answer in tokens; None for the task's own.
+            max_length: Upper bound on prompt plus answer in tokens; None for the task's own, or what tokenizer and backbone
+                allow, if that is less.
             batch_size: Training rows per batch.
             eval_batch_size: Evaluation rows per batch; None for `batch_size`.
             num_workers: Data-loader processes.
@@ -141,7 +144,10 @@ class TaskDataModule(ResumableDataModule):
             holdout_seed: Determines which rows these are. Independent of `seed`, so that no run evaluates on rows that a run
                 with another seed has trained on.
             padding_side: Where short rows are filled up.
-            append_eos: Learn the end-of-sequence token after the answer; None for free answers only.
+            append_eos: Learn to end the answer: with the end-of-sequence token, or with a chat template as that one ends a turn
+                (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`). None for free answers only.
+            allow_control_tokens: Let the name of a special token that stands in a row, such as `<|im_end|>` or `<s>`, be that
+                token. By default it is text, and only templates make special tokens.
             invalid_rows: What to do with an empty field or an unknown label: raise an error, or skip and count. None for the
                 task's own choice.
             normalise_text: Compose Unicode (NFC), unify line ends, drop control characters and trailing whitespace.
@@ -150,9 +156,12 @@ class TaskDataModule(ResumableDataModule):
             cache_dir: Folder that keeps token ids; None for one in the cache of `datasets`.
 
         Raises:
-            ValueError: A setting is out of range, two exclude each other, or `columns` names a column the task does not have.
+            ValueError: A setting is out of range, two exclude each other, `columns` names a column the task does not have, or
+                there is no source or template.
+            TypeError: The class lacks `schema` or `answer`.
         """
         super().__init__()
+        self._require_a_whole_task(source, template)
         limits: dict[Split, int | None] = {"train": train_limit, "validation": val_limit, "test": test_limit}
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         sizes |= {"train_limit": train_limit, "val_limit": val_limit, "test_limit": test_limit}
@@ -175,7 +184,6 @@ class TaskDataModule(ResumableDataModule):
         self.template = template or self._own_template(use_chat_template)
         self.use_chat_template = use_chat_template
         self.columns = dict(columns or {})
-        self.max_length = max_length or self.default_max_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -185,6 +193,7 @@ class TaskDataModule(ResumableDataModule):
         self.holdout_seed = holdout_seed
         self.padding_side = padding_side
         self.append_eos = not self.choices if append_eos is None else append_eos
+        self.allow_control_tokens = allow_control_tokens
         self.invalid_rows = invalid_rows or self.default_invalid_rows
         self.normalise_text = normalise_text
         self.length_bucketing = length_bucketing
@@ -192,28 +201,64 @@ class TaskDataModule(ResumableDataModule):
         self.cache_dir = cache_dir
         self.truncated: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
+        self._max_length = max_length
+        self._backbone = tokenizer if isinstance(tokenizer, str) else None
         self._tokenizer = tokenizer
         self._encoded: dict[Split, datasets.Dataset] = {}
 
     @classmethod
+    def _require_a_whole_task(cls, source: str | None, template: str | None) -> None:
+        """Check that the class and the settings together say what a task has to say."""
+        lacks = {"the attribute `schema`, its columns": not cls.schema}
+        lacks["the method `answer(self, row)`, which returns the answer of a row"] = cls.answer is TaskDataModule.answer
+        if missing := [what for what, absent in lacks.items() if absent]:
+            raise InvalidTypeError(
+                f"{cls.__name__}: expected a subclass of TaskDataModule with {' and '.join(missing)}, got one without. "
+                "Write it into the class."
+            )
+        if template is None and cls.default_template is None:
+            raise InvalidValueError(
+                f"template: expected a template's name or path, as {cls.__name__} has no `default_template`, got null. Set it."
+            )
+        if source is None and cls.hub_id is None:
+            raise InvalidValueError(
+                f"source: expected a folder or file of data, as {cls.__name__} names no table on the hub (`hub_id`), got null. "
+                "Set it."
+            )
+
+    @classmethod
     def _own_template(cls, use_chat_template: bool) -> str:
+        assert cls.default_template is not None
         instruct = f"{cls.default_template}_instruct"
         return instruct if use_chat_template and instruct in shipped_templates() else cls.default_template
 
-    @abstractmethod
     def answer(self, row: Mapping[str, Any]) -> str:
-        """Return the answer of a row: one of `choices`, or free text.
+        """Return the answer of a row: one of `choices`, or free text. Every task has its own.
 
         Args:
-            row: The task's columns, with the values of the source.
+            row: The task's columns, with the values of the source. A column that is read here may not be empty, unless the
+                template has a prompt without it.
 
         Raises:
             ValueError: The row has no usable answer; says what it has.
         """
+        raise NotImplementedError
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the task's own settings that `answer` depends on, as plain values; a change makes new token ids."""
         return {}
+
+    @cached_property
+    def max_length(self) -> int:
+        """Upper bound on prompt plus answer, in tokens."""
+        if self._max_length is not None:
+            return int(self._max_length)
+        context = None if self._backbone is None else backbone_context(self._backbone)
+        longest = int(self.tokenizer.model_max_length)
+        allowed = min(longest, context or longest)
+        if allowed < self.default_max_length:
+            log.info("%s: max_length is %d, all that tokenizer and backbone allow", self.task_name, allowed)
+        return min(allowed, self.default_max_length)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -223,11 +268,28 @@ class TaskDataModule(ResumableDataModule):
         return self._tokenizer
 
     @cached_property
-    def encoder(self) -> PromptEncoder:
-        """What turns rows into token ids; template and settings are checked when it is made, at first use."""
+    def prompt_template(self) -> PromptTemplate:
+        """How a row is written; read and checked at first use."""
         template = PromptTemplate.load(self.template)
         template.check(self.schema)
-        return PromptEncoder(self.tokenizer, template, self.max_length, self.use_chat_template, self.append_eos)
+        return template
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """What turns rows into token ids; settings are checked when it is made, at first use."""
+        return PromptEncoder(
+            self.tokenizer,
+            self.prompt_template,
+            self.max_length,
+            self.use_chat_template,
+            self.append_eos,
+            self.allow_control_tokens,
+        )
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a generated answer: those that training teaches."""
+        return self.encoder.stop_ids
 
     @property
     def table(self) -> TaskTable:
@@ -244,12 +306,14 @@ class TaskDataModule(ResumableDataModule):
             self.columns,
             self.holdout,
             self.holdout_seed,
+            self.prompt_template.columns,  # and those that `answer` asks for, which shows when it does
         )
 
     def metrics(self) -> MetricCollection | None:
         """Return accuracy, precision, recall and F1 from predicted classes [B] and targets [B]; None for free answers.
 
-        With two choices the second is the positive class; with more, precision, recall and F1 are macro averages.
+        With two choices the second is the positive class, and there are macro averages too (macro_f1); with more, precision,
+        recall and F1 are macro averages.
         """
         return classification_metrics(len(self.choices)) if self.choices else None
 
@@ -355,7 +419,8 @@ class TaskDataModule(ResumableDataModule):
     def collator(self, *, evaluating: bool = False) -> Collator:
         """Return what turns rows into a batch."""
         choice_ids = self.encoder.choice_ids(self.choices) if evaluating and self.choices else None
-        return Collator(self.tokenizer.pad_token_id, self.padding_side, choice_ids)
+        pad_id = self.tokenizer.pad_token_id
+        return Collator(0 if pad_id is None else pad_id, self.padding_side, choice_ids)  # any will do: it is masked
 
     # From rows to token ids
 
@@ -381,6 +446,7 @@ class TaskDataModule(ResumableDataModule):
             version,
             rows.where,
             self.columns,
+            rows.found,
         )
         return read_or_make(
             Path(self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "grit_lightning").expanduser(),
@@ -392,16 +458,17 @@ class TaskDataModule(ResumableDataModule):
     def _report(self, split: Split, statuses: Counter[str], where: str) -> None:
         """Say once for each split what was cut and left out."""
         template = self.encoder.template
+        invalid = {status.removeprefix(INVALID): n for status, n in statuses.items() if status.startswith(INVALID)}
         problems = {
             f"{statuses['truncated']} lost the end of {template.truncate!r} to fit": statuses["truncated"],
             f"{statuses['too_long']} left out, as prompt and answer do not fit": statuses["too_long"],
-            f"{statuses['invalid']} left out, with an empty field or unknown label": statuses["invalid"],
         }
+        problems |= {f"{count} left out: {reason}": count for reason, count in sorted(invalid.items())}
         rows = statuses.total()
         said = "; ".join(text for text, count in problems.items() if count)
         message = f"{where}: of {rows} rows, {said} (max_length={self.max_length})."
         self.truncated[split] = statuses["truncated"]
-        self.dropped[split] = statuses["too_long"] + statuses["invalid"]
+        self.dropped[split] = statuses["too_long"] + sum(invalid.values())
         if self.dropped[split] == rows:
             raise InvalidValueError(
                 f"{message} Expected at least one row with an answer to learn, got none. Raise max_length, or correct the rows."

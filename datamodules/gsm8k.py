@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.published import PublishedSplit
 from grit_lightning.datamodules.pipeline.task_table import Split
+from grit_lightning.datamodules.pipeline.text import as_text
 from grit_lightning.errors import InvalidValueError
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -67,7 +68,7 @@ class GSM8KDataModule(TaskDataModule):
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """Return the column `answer`, which has to end in its number."""
-        text = str(row["answer"])
+        text = as_text(row["answer"], "answer")
         if not _RESULT.search(text):
             raise InvalidValueError(f"answer: expected a line '#### <number>', got {text[-40:]!r}")
         return text if self.calculator_annotations else _ANNOTATION.sub("", text)

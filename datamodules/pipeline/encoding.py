@@ -9,14 +9,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import pad
+from grit_lightning.datamodules.pipeline.control_tokens import ControlTokens
 from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
 from grit_lightning.errors import InvalidValueError
 
@@ -45,7 +48,9 @@ class PromptEncoder:
         max_length: Upper bound on prompt plus answer, in tokens.
         use_chat_template: Wrap the prompt in the tokenizer's chat template as a user turn; the answer then opens the
             assistant's turn and loses its leading space.
-        append_eos: Learn the end-of-sequence token after the answer (needed where answers are generated freely).
+        append_eos: Learn how an answer ends (needed where answers are generated freely): with the end-of-sequence token, or
+            with a chat template as that one ends the assistant's turn.
+        allow_control_tokens: Let the name of a special token in a row, such as `<|im_end|>`, be that token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,12 +58,14 @@ class PromptEncoder:
     max_length: int
     use_chat_template: bool = False
     append_eos: bool = False
+    allow_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings against the tokenizer.
 
         Raises:
-            ValueError: No chat template though one was asked for, or `max_length` is beyond the tokenizer's maximum.
+            ValueError: No chat template though one was asked for, or one that cannot write the template's prompts;
+                `max_length` is beyond the tokenizer's maximum; or no token ends an answer that is to have an end.
         """
         if self.use_chat_template and not self.tokenizer.chat_template:
             raise InvalidValueError(
@@ -69,6 +76,13 @@ class PromptEncoder:
             raise InvalidValueError(
                 f"max_length: expected at most the {self.tokenizer.model_max_length} tokens that the tokenizer "
                 f"{self.tokenizer.name_or_path!r} allows, got {self.max_length}. Lower it."
+            )
+        if self.use_chat_template:
+            self._chat([{"role": "user", "content": "a"}])  # refused now, and not at the first row
+        if self.append_eos and not self.stop_ids:
+            raise InvalidValueError(
+                f"append_eos: expected a tokenizer with an eos_token to end answers with, got {self.tokenizer.name_or_path!r}, "
+                "which has none. Set its eos_token, or set append_eos to false."
             )
 
     def encode(self, rows: Sequence[Mapping[str, str]], answers: Sequence[str]) -> list[EncodedRow]:
@@ -104,15 +118,38 @@ class PromptEncoder:
             One list of ids for each answer.
         """
         anchor = "\n" if self.use_chat_template else ":"
-        texts = [self.template.answer.format(answer=answer) for answer in answers]
+        texts = [self.template.answer.format(answer=self._plain(answer)) for answer in answers]
         if self.use_chat_template:
             texts = [text.lstrip() for text in texts]
+        ends = self.append_eos if append_eos is None else append_eos
+        if ends:
+            texts = [text + self.turn_end for text in texts]
         head = self._ids([anchor])[0]
         behind = self._ids([anchor + text for text in texts])
         alone = self._ids(texts)
         ids = [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
-        eos = self.append_eos if append_eos is None else append_eos
-        return [[*tokens, self.tokenizer.eos_token_id] for tokens in ids] if eos else ids
+        return [[*tokens, self.tokenizer.eos_token_id] for tokens in ids] if ends and not self._turn_end_ids else ids
+
+    @cached_property
+    def turn_end(self) -> str:
+        """What the chat template writes behind the assistant's answer; nothing without one."""
+        if not self.use_chat_template:
+            return ""
+        answer = "\U0010fffb"  # no template has it
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        _, found, end = self._chat(turns, answered=True).rpartition(answer)
+        return end if found else ""
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: of the chat template's end of a turn, or else the end-of-sequence token."""
+        eos = self.tokenizer.eos_token_id
+        return self._turn_end_ids or ([] if eos is None else [eos])
+
+    @cached_property
+    def _turn_end_ids(self) -> list[int]:
+        special = set(self._controls.ids.values())
+        return [id_ for id_ in self._ids([self.turn_end])[0] if id_ in special][:1]
 
     def choice_ids(self, choices: Sequence[str]) -> Tensor:
         """Return the token ids of closed answers, without end-of-sequence.
@@ -157,14 +194,30 @@ class PromptEncoder:
         return prompt(kept) if kept else None
 
     def _prompt(self, row: Mapping[str, str]) -> str:
-        text = self.template.render(row)
-        if not self.use_chat_template:
-            return text
+        text = self.template.render({column: self._plain(value) for column, value in row.items()})
+        return self._chat([{"role": "user", "content": text}]) if self.use_chat_template else text
+
+    def _plain(self, value: str) -> str:
+        """Return a value of a row so that it makes no control tokens."""
+        return value if self.allow_control_tokens else self._controls.mark(value)
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer)
+
+    def _chat(self, turns: list[dict[str, str]], answered: bool = False) -> str:
+        """Write turns, behind the system message, in the tokenizer's chat template; open the assistant's unless answered."""
         system = [{"role": "system", "content": self.template.system}] if self.template.system else []
-        messages = [*system, {"role": "user", "content": text}]
-        chat = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string=CHAT_DATE
-        )
+        try:
+            chat = self.tokenizer.apply_chat_template(
+                [*system, *turns], tokenize=False, add_generation_prompt=not answered, date_string=CHAT_DATE
+            )
+        except TemplateError as error:
+            change = "Move its `system` into its `prompt`, or set" if system else "Set"
+            raise InvalidValueError(
+                f"template: expected one that the chat template of {self.tokenizer.name_or_path!r} can write, got "
+                f"{self.template.name!r}, refused with {str(error)!r}. {change} use_chat_template to false."
+            ) from error
         return str(chat)
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
@@ -177,4 +230,8 @@ class PromptEncoder:
         if not texts:  # which a tokenizer takes for one text
             return []
         encoded: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
+        controls = self._controls
+        return [
+            controls.encode(text) if controls.is_marked(text) else list(ids)
+            for text, ids in zip(texts, encoded["input_ids"], strict=True)
+        ]

@@ -79,6 +79,12 @@ class PromptTemplate:
             )
         return cls(**content, name=str(path))
 
+    @property
+    def columns(self) -> set[str]:
+        """The columns that the prompt is made of."""
+        used = {name for text in (self.prompt, *self.prompt_without.values()) for name in _placeholders(text)}
+        return used | {*self.prompt_without, *([self.truncate] if self.truncate else [])}
+
     def check(self, columns: Collection[str]) -> None:
         """Check that the template only names what a row has.
 
@@ -88,9 +94,7 @@ class PromptTemplate:
         Raises:
             ValueError: A placeholder, `truncate` or `prompt_without` names an unknown column.
         """
-        used = {name for text in (self.prompt, *self.prompt_without.values()) for name in _placeholders(text)}
-        used |= {*self.prompt_without, *([self.truncate] if self.truncate else [])}
-        if unknown := sorted(used - set(columns)):
+        if unknown := sorted(self.columns - set(columns)):
             raise InvalidValueError(
                 f"Template {self.name}: expected columns of the task, {sorted(columns)}, got {unknown}. Change the template."
             )

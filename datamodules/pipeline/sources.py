@@ -1,30 +1,40 @@
 """Where rows come from: the hub, a folder, a file, or a Python package that ships the data.
 
 Everything ends as a memory-mapped `datasets.Dataset`, so a table is never a Python list. Local files are converted once
-into the datasets cache (keyed by path and modification time, guarded by a file lock); parallel processes share it.
+into the datasets cache (keyed by their content, guarded by a file lock); parallel processes share it.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
+from grit_lightning.datamodules.pipeline.arrow_files import read_parquet, write_table
+from grit_lightning.datamodules.pipeline.delimited import read_delimited
+from grit_lightning.datamodules.pipeline.json_files import read_json
+from grit_lightning.datamodules.pipeline.text_files import files_hash, format_of
+from grit_lightning.datamodules.pipeline.token_cache import read_or_make, settings_hash
 from grit_lightning.errors import DownloadError, InvalidValueError, MissingFileError
 
-READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),  # GLUE's files do not quote
+Reader = Callable[[Sequence[Path]], tuple[pa.Schema, Iterator[pa.Table]]]
+READERS: Mapping[str, Reader] = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
 }
+"""What reads the files of an ending; any of them but parquet may also end in .gz."""
+
+FORMAT = 1
+"""Version of what the readers make of the same files: raise it when that changes."""
+
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -33,49 +43,49 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def read_files(files: Sequence[Path]) -> datasets.Dataset:
-    """Read files of one kind into one table.
+    """Read files of one kind into one table, whose texts are those of the files, character for character.
 
     Args:
-        files: jsonl, json, parquet, csv or tsv files with the same columns.
+        files: jsonl, json, parquet, csv or tsv files with the same columns; any but parquet also compressed, as .gz.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Unknown file type, an empty file, or content that cannot be parsed; for JSON with the line number.
+        ValueError: Unknown file type, an empty file, or content that cannot be read; with the row or line.
+        OSError: The cache cannot be written.
     """
     for file in files:
         if not file.is_file():
             raise MissingFileError(
                 f"source: expected a folder or file of data, got {file}, which does not exist. Set it to one that does."
             )
-        if file.suffix not in READERS:
+        if format_of(file) not in READERS:
             raise InvalidValueError(
                 f"{file}: expected a file that ends in one of {', '.join(READERS)}, got {file.suffix or 'no ending'}. "
                 "Convert it, or change `source`."
             )
-    if not any(file.stat().st_size for file in files):
-        raise InvalidValueError(f"{_names(files)}: expected rows under the task's columns, got none. Change `source`.")
-    if len(kinds := {file.suffix for file in files}) > 1:
+    if len(kinds := {format_of(file) for file in files}) > 1:
         raise InvalidValueError(
             f"{files[0].parent}: expected files of one type in a split, got {sorted(kinds)}. Set `source` to one file."
         )
-    kind, options = READERS[files[0].suffix]
-    with quiet():
-        try:
-            builder = datasets.load_dataset_builder(kind, data_files={"train": list(map(str, files))}, **options)
-            builder.download_and_prepare()
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise InvalidValueError(_what_is_wrong(files, error)) from error
-    if not builder.info.splits or not builder.info.splits.total_num_examples:
-        raise InvalidValueError(f"{_names(files)}: expected rows under the task's columns, got none. Change `source`.")
-    return builder.as_dataset(split="train")
+    kind = kinds.pop()
+
+    def write(path: Path) -> None:
+        schema, tables = READERS[kind](files)
+        write_table(path, schema, _at_least_one_row(tables, files))
+
+    # Known by their content: times of files are not, as those of unpacked archives and of copies show.
+    key = settings_hash({"format": FORMAT, "kind": kind, "files": files_hash(files)})
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "grit_lightning" / "tables"
+    return read_or_make(folder, re.sub(r"\W+", "_", files[0].stem), key, write, "HF_DATASETS_CACHE")
 
 
 def find_files(source: Path, split: str, config: str | None = None) -> list[Path]:
     """Find the files of one split in a folder, or take a single file.
 
     A file belongs to a split by its name: `train.jsonl`, `dev.tsv`, `validation-00000-of-00001.parquet`. A folder is
-    searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. A lone file
-    with any other name is the training split.
+    searched with its subfolders, or only in the subfolder named as the hub configuration if there is one. What begins with
+    a dot or an underscore, and all below such a folder, is left aside: `.ipynb_checkpoints`, `.git`, `__MACOSX`, `_temp`.
+    A lone file with any other name is the training split.
 
     Args:
         source: Folder or file.
@@ -97,7 +107,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
         files = [source]
     else:
         root = source / config if config and (source / config).is_dir() else source
-        files = sorted(file for file in root.rglob("*") if file.suffix in READERS and not file.name.startswith("."))
+        files = sorted(file for file in root.rglob("*") if format_of(file) in READERS and not _is_set_aside(file, root))
         if not files:
             raise MissingFileError(
                 f"source: expected a folder with data files ({', '.join(READERS)}), got {source}, which holds none."
@@ -159,29 +169,20 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _is_set_aside(file: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+
+
 def _split_of(file: Path) -> str | None:
     first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
     return next((split for split, names in SPLIT_NAMES.items() if first_word in names), None)
 
 
-def _what_is_wrong(files: Sequence[Path], error: Exception) -> str:
-    """Name the file and line that a reader stumbled over; readers themselves do not."""
-    for file in files:
-        if not file.suffix.startswith(".json"):
-            continue
-        text = file.read_text(encoding="utf-8", errors="replace")
-        documents = text.splitlines() if file.suffix == ".jsonl" else [text]
-        for number, document in enumerate(documents, start=1):
-            try:
-                json.loads(document or "null")
-            except json.JSONDecodeError as cause:
-                line = number if file.suffix == ".jsonl" else cause.lineno
-                return (
-                    f"{file}, line {line}: expected valid JSON, got {document[-60:]!r}, possibly truncated ({cause.msg}). "
-                    "Correct the file."
-                )
-    return f"{_names(files)}: expected a file that can be read, got the error: {error.__cause__ or error}"
-
-
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(map(str, files))
+def _at_least_one_row(tables: Iterator[pa.Table], files: Sequence[Path]) -> Iterator[pa.Table]:
+    empty = True
+    for table in tables:
+        empty = empty and not len(table)
+        yield table
+    if empty:
+        names = ", ".join(map(str, files))
+        raise InvalidValueError(f"{names}: expected rows under the task's columns, got none. Change `source`.")

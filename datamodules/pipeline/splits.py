@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import datasets
 
+from grit_lightning.datamodules.pipeline.delimited import other_separator
 from grit_lightning.datamodules.pipeline.orders import shuffled
 from grit_lightning.errors import InvalidValueError
 
@@ -53,7 +54,11 @@ def hold_out(rows: int, fraction: float, seed: int, parts: int = 1) -> list[list
 
 
 def select_columns(
-    table: datasets.Dataset, schema: Sequence[str], columns: Mapping[str, str], where: str
+    table: datasets.Dataset,
+    schema: Sequence[str],
+    columns: Mapping[str, str],
+    where: str,
+    required: Collection[str] | None = None,
 ) -> datasets.Dataset:
     """Keep the columns of a task, under the task's names.
 
@@ -62,6 +67,7 @@ def select_columns(
         schema: Columns of the task.
         columns: Task column → column of the table, where the names differ.
         where: What the table is, for messages.
+        required: Those of the schema that the table has to have; None for all. The others are kept if they are there.
 
     Raises:
         ValueError: A column is missing, or serves twice; says which, what was found, and what to change.
@@ -72,14 +78,19 @@ def select_columns(
             f"{where}: expected another column for each column of the task, got {names}. Change `columns`."
         )
     found = table.column_names
-    if missing := [name for name in names.values() if name not in found]:
-        glued = next((delimiter for delimiter in "\t;,|" if len(found) == 1 and delimiter in found[0]), None)
-        hint = (
-            f"The header is separated by {glued!r}: name the file .tsv for tabs, or convert it to .csv with commas."
-            if glued
-            else "If it has another name there, set `columns` to a mapping from the task's name to that one."
-        )
-        wanted = ", ".join(map(repr, missing))
-        raise InvalidValueError(f"{where}: expected {wanted} among the columns, got {found}. {hint}")
-    kept = table.select_columns(list(names.values()))
-    return kept.rename_columns({name: column for column, name in names.items() if name != column})
+    missing = [name for name in names.values() if name not in found]
+    asked = schema if required is None else required
+    if wanted := [name for column, name in names.items() if name in missing and column in asked]:
+        raise InvalidValueError(without_columns(where, wanted, found))
+    present = {column: name for column, name in names.items() if name not in missing}
+    kept = table.select_columns(list(present.values()))
+    return kept.rename_columns({name: column for column, name in present.items() if name != column})
+
+
+def without_columns(where: str, wanted: Sequence[str], found: Sequence[str]) -> str:
+    """Return the message that a table lacks columns: which, what it has, and what to change."""
+    renamed = "If it has another name there, set `columns` to a mapping from the task's name to that one."
+    return (
+        f"{where}: expected {', '.join(map(repr, wanted))} among the columns, got {list(found)}. "
+        f"{other_separator(found) or renamed}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,11 +22,19 @@ PackageReader = Callable[[Path, str], datasets.Dataset | None]
 
 
 class Rows(NamedTuple):
-    """Rows of a split: the task's columns, the number of each row in the source from 0, and what to call it in messages."""
+    """Rows of a split.
+
+    Attributes:
+        table: The task's columns.
+        numbers: Number of each row in the source, from 0.
+        where: What to call the source in messages.
+        found: All columns of the source.
+    """
 
     table: datasets.Dataset
     numbers: Sequence[int]
     where: str
+    found: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,13 @@ class TaskTable:
         columns: Task column → column of the source, where the names differ.
         holdout: Fraction of the training rows that stands in for each evaluation split the source lacks.
         holdout_seed: Determines which ones, alone.
+        required: Columns of the schema that the source has to have; None for all.
     """
 
     task: str
     source: str | None
     schema: Sequence[str]
-    hub_id: str
+    hub_id: str | None
     hub_config: str | None = None
     hub_splits: Sequence[str] = ("train",)
     test_split: Split = "validation"
@@ -58,6 +67,7 @@ class TaskTable:
     columns: Mapping[str, str] = field(default_factory=dict)
     holdout: float = 0.05
     holdout_seed: int = 0
+    required: Collection[str] | None = None
 
     def rows(self, split: Split, limit: int | None = None, seed: int = 0) -> Rows:
         """Read a split.
@@ -81,7 +91,8 @@ class TaskTable:
                 "Change `source`."
             )
         where = self.where(home)
-        table = select_columns(table, self.schema, self.columns, where)
+        found = table.column_names
+        table = select_columns(table, self.schema, self.columns, where, self.required)
         numbers: Sequence[int] = range(len(table))
         missing = [split for split in dict.fromkeys(("validation", self.test_split)) if not self.has(split)]
         if home == "train" and missing:
@@ -91,7 +102,7 @@ class TaskTable:
         if not numbers:
             raise InvalidValueError(f"{where}: expected rows with {list(self.schema)}, got none. Change `source`.")
         numbers = [numbers[i] for i in draw(len(numbers), limit, seed)]
-        return Rows(table.select(numbers), numbers, where)
+        return Rows(table.select(numbers), numbers, where, found)
 
     def read(self, split: str) -> datasets.Dataset | None:
         """Return the table of a split as the source has it, all its columns; None if it has no such split.
@@ -102,6 +113,7 @@ class TaskTable:
             ConnectionError: The hub cannot be reached.
         """
         if self.source is None:
+            assert self.hub_id is not None  # else the task has asked for a source
             return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
         if not self.source.startswith(PYPI_PREFIX):
             return read_local(Path(self.source).expanduser(), split, self.hub_config)

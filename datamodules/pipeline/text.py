@@ -1,9 +1,12 @@
-"""Text as it goes to the tokenizer: one spelling for what looks the same. Pure."""
+"""Text as it goes to the tokenizer: what is a text and what is not, and one spelling for what looks the same. Pure."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Any
+
+from grit_lightning.errors import InvalidValueError
 
 _CONTROLS = dict.fromkeys([*range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0xFEFF])  # all but tab and line feed
 _LINE_ENDS = re.compile(r"\r\n?|\x85|\u2028|\u2029")
@@ -22,3 +25,41 @@ def normalise(text: str) -> str:
     """
     text = _LINE_ENDS.sub("\n", unicodedata.normalize("NFC", text)).translate(_CONTROLS)
     return _TRAILING.sub("", text).rstrip()
+
+
+class UnusableColumnError(InvalidValueError):
+    """A column of a row cannot be used.
+
+    Attributes:
+        column: Its name.
+        problem: What was expected and what came.
+    """
+
+    def __init__(self, column: str, problem: str) -> None:
+        """Say so."""
+        super().__init__(f"column {column!r}: {problem}")
+        self.column, self.problem = column, problem
+
+
+def as_text(value: Any, column: str) -> str:
+    """Return the value of a column as text, if it is one: a text itself, a whole number, or nothing, which is empty.
+
+    The readers give every text and number of a text file as it is written. What has no one spelling is refused here, for
+    every source alike: lists and objects, true and false, dates, and a table's floating-point numbers, NaN among them.
+
+    Raises:
+        ValueError: It is something else; names the column.
+
+    Example:
+        >>> as_text("1.50", "answer"), as_text(7, "answer"), as_text(None, "answer")
+        ('1.50', '7', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
+    raise UnusableColumnError(column, f"expected text, got {shown} of type {type(value).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from grit_lightning.errors import FileAccessError
 _ROWS_AT_ONCE = 1000
 
 
-def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datasets.Dataset]) -> datasets.Dataset:
+def read_or_make(
+    folder: Path, name: str, key: str, make: Callable[[Path], object], setting: str = "cache_dir"
+) -> datasets.Dataset:
     """Read a table from the cache, or make it.
 
     Args:
@@ -32,6 +35,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
         name: What the table is, for the file's name.
         key: Hash of what it depends on.
         make: Writes the table to the path it is given, whole or not at all.
+        setting: What says where the cache is, for messages.
 
     Returns:
         The table, memory-mapped.
@@ -51,7 +55,7 @@ def read_or_make(folder: Path, name: str, key: str, make: Callable[[Path], datas
             make(file)
     except OSError as error:
         raise FileAccessError(
-            f"cache_dir: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
+            f"{setting}: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
         ) from error
     return datasets.Dataset.from_file(str(file))
 
@@ -75,13 +79,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def source_hash(cls: type, base: type) -> str:
-    """Return a hash of the source of a class and its parents below `base`: what a task's own code depends on."""
+    """Return a hash of the code of a class and its parents below `base`, and of all else in the files they stand in."""
     texts = []
     for parent in cls.__mro__[: cls.__mro__.index(base)]:
         try:
-            texts.append(inspect.getsource(parent))
-        except (OSError, TypeError):  # typed into an interpreter
-            texts.append(repr(parent))
+            texts += [parent.__qualname__, inspect.getsource(sys.modules[parent.__module__])]
+        except (OSError, TypeError, KeyError):  # typed into an interpreter or a notebook: no file to read
+            methods = {name: value for name, value in vars(parent).items() if inspect.isfunction(value)}
+            texts.append(datasets.fingerprint.Hasher.hash(methods))  # with the globals that they use
     return settings_hash({"source": texts})
 
 

@@ -17,12 +17,17 @@ import numpy as np
 
 from grit_lightning.datamodules.pipeline.encoding import EncodedRow, PromptEncoder
 from grit_lightning.datamodules.pipeline.sources import quiet
-from grit_lightning.datamodules.pipeline.text import normalise
+from grit_lightning.datamodules.pipeline.splits import without_columns
+from grit_lightning.datamodules.pipeline.task_rows import MissingColumnError, TaskRow
+from grit_lightning.datamodules.pipeline.text import UnusableColumnError, as_text, normalise
 from grit_lightning.datamodules.pipeline.token_cache import content_hash, settings_hash, tokenizer_hash
 from grit_lightning.errors import InvalidValueError
 
-FORMAT = 1
+FORMAT = 3
 """Version of what this module writes for the same rows and settings: raise it when that changes."""
+
+INVALID = "invalid: "
+"""How the status of an unusable row begins; what follows says why."""
 
 FEATURES = datasets.Features(
     {
@@ -44,11 +49,12 @@ class RowEncoder:
         encoder: Rows to token ids.
         answer: Answer of a row; raises ValueError for a row without a usable one.
         choices: Closed answers in class order; empty for free answers.
-        invalid_rows: Raise an error for an unusable row, or give it the status "invalid".
+        invalid_rows: Raise an error for an unusable row, or give it a status that says why.
         normalise_text: Normalise all text first.
         answer_version: Changes with what `answer` does; part of the key.
         where: What the table is, for messages.
         names: Task column → column of the source, for messages.
+        found: All columns of the source, for messages.
     """
 
     encoder: PromptEncoder
@@ -59,6 +65,7 @@ class RowEncoder:
     answer_version: str = ""
     where: str = "data"
     names: Mapping[str, str] = field(default_factory=dict)
+    found: Sequence[str] = ()
 
     def encode_table(
         self, table: datasets.Dataset, row_numbers: Sequence[int], file: Path | None = None
@@ -107,6 +114,7 @@ class RowEncoder:
                 "tokenizer": tokenizer_hash(encoder.tokenizer),
                 "use_chat_template": encoder.use_chat_template,
                 "append_eos": encoder.append_eos,
+                "allow_control_tokens": encoder.allow_control_tokens,
                 "max_length": encoder.max_length,
             }
         )
@@ -114,41 +122,62 @@ class RowEncoder:
     def encode_batch(self, batch: Mapping[str, list[Any]], row_numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Encode a batch of rows, columnwise in and out, as `datasets.Dataset.map` has it."""
         rows = [dict(zip(batch, map(self._clean, values), strict=True)) for values in zip(*batch.values(), strict=True)]
-        answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
-        usable = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
-        texts = [{column: _text(value) for column, value in row.items()} for row, _ in usable]
-        ready = iter(self.encoder.encode(texts, [answer for _, answer in usable]))
-        encoded = [EncodedRow([], 0, "invalid") if answer is None else next(ready) for answer in answers]
+        read = [self._read(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        usable = [found for found in read if not isinstance(found, str)]
+        answers = [None if isinstance(found, str) else found[1] for found in read]
+        ready = iter(self.encoder.encode([prompt for prompt, _ in usable], [answer for _, answer in usable]))
+        encoded = [EncodedRow([], 0, "invalid") if isinstance(found, str) else next(ready) for found in read]
         return {
             "input_ids": [row.input_ids for row in encoded],
             "length": [len(row.input_ids) for row in encoded],
             "prompt_length": [row.prompt_length for row in encoded],
             "target": [self.choices.index(answer) if answer in self.choices else -1 for answer in answers],
             "reference": [answer or "" for answer in answers],
-            "status": [row.status for row in encoded],
+            "status": [
+                f"{INVALID}{found}" if isinstance(found, str) else row.status
+                for found, row in zip(read, encoded, strict=True)
+            ],
         }
 
     def _clean(self, value: Any) -> Any:
         return normalise(value) if self.normalise_text and isinstance(value, str) else value
 
-    def _answer(self, row: Mapping[str, Any], number: int) -> str | None:
-        """Return the answer of a row in which all columns but the template's optional ones are filled; None to skip the row."""
+    def _read(self, row: Mapping[str, Any], number: int) -> tuple[dict[str, str], str] | str:
+        """Return the texts of the prompt's columns and the answer of a row; or, to skip the row, why it cannot be used."""
+        template = self.encoder.template
+        checked = TaskRow(row, template.prompt_without)
         try:
-            for column, value in row.items():
-                if not _text(value).strip() and column not in self.encoder.template.prompt_without:
-                    raise InvalidValueError(
-                        f"column {self.names.get(column, column)!r}: expected a value, got an empty field"
-                    )
-            answer = self.answer(row)
+            prompt = {column: as_text(checked[column], column) for column in sorted(template.columns)}
+            answer = self.answer(checked)
+            if not isinstance(answer, str):
+                raise InvalidValueError(f"answer: expected text from the task's `answer`, got {answer!r}")
             if self.choices and answer not in self.choices:
                 raise InvalidValueError(f"answer: expected one of {list(self.choices)}, got {answer!r}")
+        except MissingColumnError as error:
+            missing = [self._name(error.args[0])]
+            raise InvalidValueError(without_columns(self.where, missing, self.found or list(row))) from error
+        except UnusableColumnError as error:
+            name = self._name(error.column)
+            return self._skip(number, f"column {name!r}: {error.problem}", f"column {name!r} empty or no text", error)
         except ValueError as error:
-            if self.invalid_rows == "skip":
-                return None
-            raise InvalidValueError(
-                f"{self.where}, row {number + 1}: {error}. Correct it, or set invalid_rows=skip to leave such rows out."
-            ) from error
-        return answer
+            return self._skip(number, str(error), "no usable answer", error)
+        except KeyError as error:  # of a dictionary of labels
+            return self._skip(
+                number, f"answer: expected a label that the task knows, got {error}", "no usable answer", error
+            )
+        return prompt, answer
+
+    def _skip(self, number: int, problem: str, reason: str, error: Exception) -> str:
+        """Return the reason to skip a row, or raise an error if no row may be skipped."""
+        if self.invalid_rows == "skip":
+            return reason
+        raise InvalidValueError(
+            f"{self.where}, row {number + 1}: {problem}. Correct it, or set invalid_rows=skip to leave such rows out."
+        ) from error
+
+    def _name(self, column: str) -> str:
+        """Return what the source calls a column of the task."""
+        return self.names.get(column, column)
 
 
 def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:
@@ -161,7 +190,3 @@ def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[
         rows if len(kept) == len(statuses) else rows.select(kept),
         Counter({str(status): int(count) for status, count in counts.items()}),
     )
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

@@ -165,6 +165,20 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     return tokenizer
 
 
+def backbone_context(source: str | os.PathLike[str]) -> int | None:
+    """Return the largest number of tokens that a backbone takes, from its configuration; None if that does not say.
+
+    Args:
+        source: As for `load_tokenizer`; a folder that holds only a tokenizer has no configuration.
+    """
+    try:
+        config = read_configuration(resolve_source(source, weights=False), None)
+    except FileAccessError:
+        return None
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def fast_dtype() -> torch.dtype:
     """Return bfloat16 if the GPU, or without one the processor, multiplies it natively, otherwise float32."""
     if torch.cuda.is_available():

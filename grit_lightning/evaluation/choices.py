@@ -57,22 +57,21 @@ def choice_scores(model: nn.Module, batch: Mapping[str, Tensor], logits: Tensor)
 def classification_metrics(classes: int) -> MetricCollection:
     """Make accuracy, precision, recall and F1, under the keys accuracy, precision, recall, f1.
 
-    Update with predicted classes int64 `[B]` and targets int64 `[B]`. Of two classes, class 1 is the positive one; with
-    more, precision, recall and F1 are macro averages and accuracy counts rows.
+    Update with predicted classes int64 `[B]` and targets int64 `[B]`. Of two classes, class 1 is the positive one, and the
+    macro averages, which treat both alike, are macro_precision, macro_recall and macro_f1; papers report either. With more,
+    precision, recall and F1 are macro averages. Accuracy counts rows.
 
     Args:
         classes: Number of classes.
     """
-    task: dict[str, Any] = {"task": "binary"} if classes == 2 else {"task": "multiclass", "num_classes": classes}
-    average: dict[str, Any] = {} if classes == 2 else {"average": "macro"}
-    rows: dict[str, Any] = {} if classes == 2 else {"average": "micro"}
+    macro: dict[str, Any] = {"task": "multiclass", "num_classes": classes, "average": "macro"}
+    averages = {"precision": Precision(**macro), "recall": Recall(**macro), "f1": F1Score(**macro)}
+    if classes != 2:
+        accuracy = Accuracy(task="multiclass", num_classes=classes, average="micro")
+        return MetricCollection({"accuracy": accuracy, **averages})
+    positive = {"precision": Precision("binary"), "recall": Recall("binary"), "f1": F1Score("binary")}
     return MetricCollection(
-        {
-            "accuracy": Accuracy(**task, **rows),
-            "precision": Precision(**task, **average),
-            "recall": Recall(**task, **average),
-            "f1": F1Score(**task, **average),
-        }
+        {"accuracy": Accuracy("binary"), **positive, **{f"macro_{name}": metric for name, metric in averages.items()}}
     )
 
 

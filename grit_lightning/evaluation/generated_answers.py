@@ -124,6 +124,7 @@ class AnswerEvaluation(nn.Module):
             )
         self.settings = settings
         self.tokenizer = task.tokenizer
+        self.stop_ids: list[int] = list(getattr(task, "stop_ids", ()))  # a task need not know any
         self.examples = task.examples("validation" if stage == "val" else "test")
         self.scorers = nn.ModuleDict(text_metrics(task.text_metrics, task.choices, settings, device))
         self._seen = 0
@@ -175,7 +176,7 @@ class AnswerEvaluation(nn.Module):
             return []
         start = answer_start(batch["labels"])
         prompts, mask = left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
-        answers = generate_answers(model, self.tokenizer, prompts, mask, self.settings, seed)
+        answers = generate_answers(model, self.tokenizer, prompts, mask, self.settings, seed, self.stop_ids)
         texts = [self.tokenizer.decode(ids[real.bool()]) for ids, real in zip(prompts, mask, strict=True)]
         return [
             {"prompt": prompt, "output": answer.text, "finished": int(answer.finished)}

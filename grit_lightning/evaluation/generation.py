@@ -5,7 +5,7 @@ Shapes: B rows, P tokens of the longest prompt, N ≤ max_new_tokens generated t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -93,6 +93,7 @@ def generate_answers(
     mask: Tensor,
     settings: GenerationSettings,
     seed: int | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> list[Answer]:
     """Continue prompts, leaving training mode, caches and random numbers as they were.
 
@@ -103,6 +104,7 @@ def generate_answers(
         mask: `[B, P]`, 1 for real tokens.
         settings: How answers are generated.
         seed: Seed of the draws, instead of `settings.seed`.
+        stop_ids: More tokens that end an answer, such as the end of a turn of the chat template.
 
     Returns:
         B answers.
@@ -117,7 +119,7 @@ def generate_answers(
             "Prompts: expected at least one token in each, got a prompt without any. Check the template (data.template) and "
             "the columns of the row."
         )
-    ends = _end_ids(model, tokenizer)
+    ends = _end_ids(model, tokenizer, stop_ids)
     config = _decoding(settings, ends, tokenizer.pad_token_id)
     answers: list[Answer] = []
     if isinstance(model, FSDPModule):
@@ -168,10 +170,12 @@ def _decoding(settings: GenerationSettings, ends: list[int], pad: int | None) ->
     )
 
 
-def _end_ids(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model (chat models have several)."""
+def _end_ids(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, those of the model (chat models have several), and the given."""
     own = model.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *stop_ids]
     ends = list(dict.fromkeys(int(token) for token in ids if token is not None))
     if not ends:
         raise InvalidValueError(

@@ -17,6 +17,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
+from grit_lightning.datamodules.pipeline.text import as_text
 from grit_lightning.errors import InvalidValueError, MissingFileError, require
 from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
@@ -152,7 +153,7 @@ class TextData:
                 raise InvalidValueError(
                     f"{self._where}: expected the column {self.column!r}, got {list(row)}. Set `column`."
                 )
-            yield "" if row[self.column] is None else str(row[self.column])
+            yield as_text(row[self.column], self.column)
 
     def _table(self, path: Path) -> datasets.Dataset:
         if path.is_dir():

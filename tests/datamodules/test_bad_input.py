@@ -44,7 +44,7 @@ def test_an_empty_field_is_named_or_the_row_skipped_and_counted(
     ):
         make(case, **settings, invalid_rows="error").setup()
     module = make(case, **settings, invalid_rows="skip")
-    with pytest.warns(UserWarning, match=r"1 left out, with an empty field or unknown label") as said:
+    with pytest.warns(UserWarning, match=rf"1 left out: column '{case.required}' empty or no text") as said:
         module.setup()
     assert all("train.jsonl" in str(warning.message) for warning in said)
     assert 1 in module.dropped.values()
@@ -55,6 +55,66 @@ def test_rows_of_instructions_without_an_answer_are_skipped_by_default_and_other
 ) -> None:
     expected = {"alpaca": "skip", "dolly": "skip", "boolq": "error", "qnli": "error", "gsm8k": "error"}
     assert {name: cases[name].cls(tiny_tokenizer).invalid_rows for name in expected} == expected
+
+
+@pytest.fixture
+def own_template(tmp_path: Path) -> str:
+    """A template of Alpaca that never names its column input."""
+    path = tmp_path / "own.yaml"
+    path.write_text('prompt: "{instruction}\\n"\nanswer: "{answer}"\n')
+    return str(path)
+
+
+@pytest.mark.parametrize("value", ["", None, ["a"]], ids=str)
+def test_a_column_that_neither_template_nor_answer_uses_may_be_anything(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write, own_template: str, value: Any
+) -> None:
+    rows = [{**row, "input": value} for row in rows_of(cases["alpaca"])]
+    module = make(cases["alpaca"], source=str(write_jsonl(tmp_path / "rows.jsonl", rows)), template=own_template)
+    module.setup()
+    assert module.dropped == {"train": 0, "validation": 0, "test": 0}
+    assert len(module.examples("train")) == 4
+
+
+def test_a_column_that_neither_template_nor_answer_uses_may_be_missing(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write, own_template: str
+) -> None:
+    rows = [{"instruction": row["instruction"], "output": row["output"]} for row in rows_of(cases["alpaca"])]
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    module = make(cases["alpaca"], source=source, template=own_template)
+    module.setup()
+    assert len(module.examples("train")) == 4
+    with pytest.raises(ValueError, match=r"expected 'input' among the columns, got \['instruction', 'output'\]"):
+        make(cases["alpaca"], source=source).setup()
+
+
+def test_the_warning_names_each_column_that_left_rows_out_as_the_source_calls_it(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    names = {"instruction": "ask", "input": "input", "output": "reply"}
+    rows = [{names[column]: value for column, value in row.items()} for row in rows_of(cases["alpaca"], 12)]
+    rows[1]["ask"] = ""
+    rows[2]["reply"] = rows[3]["reply"] = None
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.warns(UserWarning, match="left out") as said:
+        make(cases["alpaca"], source=source, columns={"instruction": "ask", "output": "reply"}).setup()
+    found = re.findall(r"(\d) left out: column '(\w+)' empty or no text", " ".join(str(each.message) for each in said))
+    counts = {name: sum(int(count) for count, column in found if column == name) for name in ("ask", "reply")}
+    assert counts == {"ask": 1, "reply": 2}
+
+
+def test_a_label_that_a_tasks_dictionary_lacks_is_named_with_its_row(
+    cases: dict[str, TaskCase], make: Make, tmp_path: Path, write_jsonl: Write
+) -> None:
+    class Own(cases["qnli"].cls):  # type: ignore[name-defined, misc]
+        def answer(self, row: Any) -> str:
+            return {"0": "yes", "1": "no"}[str(row["label"])]
+
+    path = spoilt(cases["qnli"], tmp_path, write_jsonl, label="2")
+    module = make(cases["qnli"], source=str(path))
+    module.__class__ = Own
+    with pytest.raises(ValueError, match=r"row 5: answer: expected a label that the task knows, got '2'"):
+        module.setup()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +137,7 @@ def test_an_unknown_label_is_named_or_the_row_skipped(
     settings = {"source": str(path), "holdout_seed": 1, "holdout": 0.25}
     with pytest.raises(ValueError, match=rf"train\.jsonl\), row 5: {message}.*invalid_rows=skip"):
         make(cases[task], **settings).setup()
-    with pytest.warns(UserWarning, match="1 left out, with an empty field or unknown label"):
+    with pytest.warns(UserWarning, match="1 left out: no usable answer"):
         make(cases[task], **settings, invalid_rows="skip").setup()
 
 

@@ -229,11 +229,11 @@ def test_if_no_row_has_room_for_its_answer_it_is_an_error(boolq: Callable[..., B
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "message", "reason"),
     [
-        ({"answer": "maybe"}, r"row 5: answer: expected true/false, yes/no or 1/0, got 'maybe'"),
-        ({"answer": None}, r"row 5: column 'answer': expected a value, got an empty field"),
-        ({"passage": " "}, r"row 5: column 'passage': expected a value, got an empty field"),
+        ({"answer": "maybe"}, r"row 5: answer: expected true/false, yes/no or 1/0, got 'maybe'", "no usable answer"),
+        ({"answer": None}, r"row 5: column 'answer': expected a value, got an empty field", "column 'answer' empty"),
+        ({"passage": " "}, r"row 5: column 'passage': expected a value, got an empty field", "column 'passage' empty"),
     ],
 )
 def test_an_unusable_row_is_named_or_skipped(
@@ -243,13 +243,14 @@ def test_an_unusable_row_is_named_or_skipped(
     write_jsonl: Callable[..., Path],
     bad: dict[str, Any],
     message: str,
+    reason: str,
 ) -> None:
     rows = [{**row, "answer": str(row["answer"])} for row in boolq_rows(6)]
     source = str(write_jsonl(tmp_path / "dev.jsonl", [*rows[:4], {**rows[4], **bad}, rows[5]]))
     with pytest.raises(ValueError, match=rf"BoolQ validation data \(.*dev\.jsonl\), {message}.*invalid_rows=skip"):
         boolq(source=source).setup("validate")
     module = boolq(source=source, invalid_rows="skip")
-    with pytest.warns(UserWarning, match="of 6 rows, 1 left out, with an empty field or unknown label"):
+    with pytest.warns(UserWarning, match=f"of 6 rows, 1 left out: {reason}"):
         module.setup("validate")
     assert sorted(q.split("?")[0] for q in questions(module, module.val_dataloader())) == [
         f"is {n} ice" for n in (0, 1, 2, 3, 5)

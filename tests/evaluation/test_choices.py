@@ -103,6 +103,10 @@ def test_models_without_positions_are_scored_too() -> None:
     assert (scores[:, 1] > scores[:, 0]).all()  # this model predicts that every token repeats
 
 
+# By hand, of the seven rows below: class 1 has precision 2/4, recall 2/3; class 0 precision 2/3, recall 2/4; F1 of both is 4/7.
+MACRO = {"macro_precision": (2 / 4 + 2 / 3) / 2, "macro_recall": (2 / 3 + 2 / 4) / 2, "macro_f1": 4 / 7}
+
+
 def test_binary_metrics_take_class_one_as_positive() -> None:
     predicted, target = torch.tensor([1, 1, 1, 0, 0, 0, 1]), torch.tensor([1, 0, 1, 1, 0, 0, 0])
     true_positive, false_positive, false_negative, true_negative = 2, 2, 1, 2  # counted by hand
@@ -118,7 +122,25 @@ def test_binary_metrics_take_class_one_as_positive() -> None:
             "recall": recall,
             "f1": 2 * precision * recall / (precision + recall),
         }
+        | MACRO
     )
+
+
+def test_macro_averages_of_two_classes_do_not_depend_on_which_is_positive() -> None:
+    predicted, target = torch.tensor([1, 1, 1, 0, 0, 0, 1]), torch.tensor([1, 0, 1, 1, 0, 0, 0])
+    for one, other in ((predicted, target), (1 - predicted, 1 - target)):
+        metrics = classification_metrics(2)
+        metrics.update(one, other)
+        found = {name: float(value) for name, value in metrics.compute().items() if name.startswith("macro_")}
+        assert found == pytest.approx(MACRO)
+
+
+def test_always_the_same_class_is_seen_in_the_macro_average() -> None:
+    metrics = classification_metrics(2)
+    metrics.update(torch.ones(4, dtype=torch.long), torch.tensor([1, 1, 1, 0]))
+    found = metrics.compute()
+    assert float(found["recall"]) == 1.0
+    assert float(found["macro_recall"]) == pytest.approx(1 / 2)
 
 
 def test_metrics_over_more_classes_are_macro_averages() -> None:

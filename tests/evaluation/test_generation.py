@@ -179,6 +179,17 @@ def test_a_stop_string_ends_an_answer_and_is_cut_off(make_tiny_llama: Callable[.
     assert len(seen) < 40
 
 
+def test_more_tokens_may_end_an_answer(model: Any) -> None:
+    settings = GenerationSettings(max_new_tokens=NEW)
+    prompts, mask = padded("right")
+    whole = generate_answers(model, Ids(), prompts, mask, settings)
+    stop = int(whole[0].text.split()[3])
+    stopped = generate_answers(model, Ids(special=(stop,)), prompts, mask, settings, stop_ids=[stop])
+    expected = [reference(model, prompt, {2, stop}) for prompt in PROMPTS]
+    assert [(answer.text, answer.finished) for answer in stopped] == expected
+    assert stopped[0].finished
+
+
 def test_a_prompt_without_tokens_is_refused(model: Any) -> None:
     mask = torch.tensor([[1, 1], [0, 0]])
     with pytest.raises(ValueError, match="Prompts: expected at least one token in each, got a prompt without any"):

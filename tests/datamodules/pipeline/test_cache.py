@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from grit_lightning.datamodules import TaskDataModule
-from grit_lightning.datamodules.pipeline.token_cache import content_hash
+from grit_lightning.datamodules import BoolQDataModule, TaskDataModule
+from grit_lightning.datamodules.pipeline.text_files import files_hash
+from grit_lightning.datamodules.pipeline.token_cache import content_hash, source_hash
 from grit_lightning.datamodules.pipeline.tokenized import RowEncoder
 
 TaskCase = Any  # of conftest.py
@@ -106,6 +109,62 @@ def test_whatever_changes_token_ids_makes_another_file(
     assert (after != before) == (change.keys().isdisjoint({"max_length", "normalise_text", "invalid_rows"}))
 
 
+def test_other_rows_under_the_same_name_size_and_time_are_read(
+    cases: dict[str, TaskCase], make: Make, folder: Any
+) -> None:
+    path = folder(cases["boolq"]) / "train.jsonl"
+    before = examples(make(cases["boolq"], source=str(path.parent)))
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_text(path.read_text().replace("Body 3 is cold", "Body 3 is warm"))
+    os.utime(path, ns=times)
+    after = examples(make(cases["boolq"], source=str(path.parent)))
+    assert len(before) == len(after)
+    assert before != after
+
+
+def test_a_line_that_moves_to_the_next_file_is_seen(tmp_path: Path) -> None:
+    first, second = tmp_path / "train-0.jsonl", tmp_path / "train-1.jsonl"
+    first.write_text('{"a": "1"}\n{"a": "2"}\n')
+    second.write_text('{"b": "3"}\n')
+    before = files_hash([first, second])
+    first.write_text('{"a": "1"}\n')
+    second.write_text('{"a": "2"}\n{"b": "3"}\n')
+    assert files_hash([first, second]) != before
+
+
+TYPED = """
+class Typed(BoolQDataModule):
+    def answer(self, row):
+        return WORDS[super().answer(row)]
+"""
+
+
+def typed(module: str, **names: Any) -> type:
+    """A class as an interpreter makes it, without a file."""
+    space: dict[str, Any] = {"BoolQDataModule": BoolQDataModule, "__name__": module, **names}
+    exec(TYPED, space)
+    return space["Typed"]  # type: ignore[no-any-return]
+
+
+def test_code_that_was_typed_in_counts_with_the_names_it_uses() -> None:
+    same, other = {"yes": "yes", "no": "no"}, {"yes": "no", "no": "yes"}
+    module = "no_such_module"
+    first = source_hash(typed(module, WORDS=same), BoolQDataModule)
+    assert source_hash(typed(module, WORDS=same), BoolQDataModule) == first
+    assert source_hash(typed(module, WORDS=other), BoolQDataModule) != first
+
+
+def test_a_constant_beside_the_class_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for word in ("yes", "no"):
+        (tmp_path / f"task_{word}.py").write_text(
+            f"from grit_lightning.datamodules import BoolQDataModule\nWORD = {word!r}\n{TYPED}"
+        )
+        hashes.append(source_hash(importlib.import_module(f"task_{word}").Typed, BoolQDataModule))
+    assert hashes[0] != hashes[1]
+
+
 def test_a_setting_of_gsm8ks_answers_makes_another_file(cases: dict[str, TaskCase], make: Make) -> None:
     kept, without = (make(cases["gsm8k"], calculator_annotations=keep) for keep in (True, False))
     assert examples(kept) != examples(without)
@@ -143,7 +202,7 @@ def test_counts_of_left_out_rows_are_told_from_the_cache_too(
     )
     for _ in range(2):
         module = make(cases["qnli"], source=source, invalid_rows="skip")
-        with pytest.warns(UserWarning, match="of 5 rows, 1 left out, with an empty field"):
+        with pytest.warns(UserWarning, match="of 5 rows, 1 left out: no usable answer"):
             module.setup("validate")
         assert module.dropped == {"validation": 1}
 

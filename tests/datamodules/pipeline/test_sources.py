@@ -44,16 +44,8 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    assert read_files([write(tmp_path / f"train{suffix}")]).to_list() == ROWS
-
-
-def test_tsv_is_read_without_quoting_as_glue_writes_it(tmp_path: Path) -> None:
-    path = tmp_path / "dev.tsv"
-    path.write_text('index\tquestion\tlabel\n0\t"No?\tentailment\n1\t"Yes" he said\tnot_entailment\n')
-    assert read_files([path]).to_list() == [
-        {"index": 0, "question": '"No?', "label": "entailment"},
-        {"index": 1, "question": '"Yes" he said', "label": "not_entailment"},
-    ]
+    rows = [{**row, "answer": str(row["answer"])} for row in ROWS] if suffix == ".csv" else ROWS
+    assert read_files([write(tmp_path / f"train{suffix}")]).to_list() == rows
 
 
 @pytest.mark.parametrize(
@@ -81,6 +73,28 @@ def test_shards_are_joined_in_order_and_lookalikes_are_left_out(tmp_path: Path) 
     write(tmp_path / "trainer.jsonl", ROWS)
     table = read_files(find_files(tmp_path, "train"))
     assert table["question"][:] == ["shard 0", "shard 1"]
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ".ipynb_checkpoints/train-checkpoint.jsonl",
+        "__MACOSX/._train.jsonl",
+        ".git/lfs/train.jsonl",
+        "_temp/0/train.jsonl",
+        "deep/.cache/huggingface/train.jsonl",
+        "._train.jsonl",
+        "_train.jsonl",
+    ],
+)
+def test_what_begins_with_a_dot_or_an_underscore_is_no_data(tmp_path: Path, copy: str) -> None:
+    root = tmp_path / "_project" / ".data"  # above the source, names do not matter
+    write(root / copy, ROWS[:1])
+    with pytest.raises(FileNotFoundError, match="which holds none"):
+        find_files(root, "train")
+    for split in ("train", "validation"):
+        write(root / "data" / f"{split}.jsonl", ROWS)
+        assert find_files(root, split) == [root / "data" / f"{split}.jsonl"]
 
 
 def test_the_configurations_subfolder_is_preferred(tmp_path: Path) -> None:
