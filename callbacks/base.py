@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
@@ -114,7 +114,12 @@ class GeometryCallback(ScheduledCallback):
         stop_step: Last optimizer step at which one may, so that the steps after it train what has been decided; None for
             no end.
         events: File of decisions in the run's folder, if the callback takes any.
+
+    Attributes:
+        changes_coordinates: Whether it puts the factors A and B into other coordinates.
     """
+
+    changes_coordinates: ClassVar[bool] = False
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
@@ -130,8 +135,11 @@ class GeometryCallback(ScheduledCallback):
         """Resolve the geometry, which exists from here on.
 
         Raises:
-            MisconfigurationException: If the module has no geometry.
+            MisconfigurationException: If the module has no geometry, or the weights are averaged while this callback
+                changes their coordinates.
         """
+        if self.changes_coordinates:
+            self._require_no_average(trainer)
         self.validate(self._geometry(pl_module))
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
         self.validate_beside(
@@ -141,6 +149,16 @@ class GeometryCallback(ScheduledCallback):
     def on_due_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act on the geometry."""
         self.act(trainer, self._geometry(pl_module))
+
+    def _require_no_average(self, trainer: pl.Trainer) -> None:
+        """Refuse an average over factors in different coordinates, whose product is no model's ΔW."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        for other in callbacks:
+            if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+                raise MisconfigurationException(
+                    f"trainer.callbacks: expected no average of the weights beside {type(self).__name__}, which changes the "
+                    f"coordinates of A and B between two steps, got {type(other).__name__}. Leave one of the two out."
+                )
 
     def _geometry(self, pl_module: pl.LightningModule) -> RankSpaceGeometry:
         geometry = getattr(pl_module, "geometry", None)

@@ -26,7 +26,7 @@ from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_cou
 from grit_lightning.checkpoints.adapter_state import (
     adapter_names,
     load_saved_state,
-    require_same_parameters,
+    require_separate,
     saved_state,
     saved_tensors,
     trained_parameters,
@@ -135,7 +135,6 @@ class GritLitModule(pl.LightningModule):
         self.window = AccumulationWindow()
         self._model_arguments: frozenset[str] = frozenset()
         self._adapter_names: frozenset[str] = frozenset()
-        self.register_load_state_dict_pre_hook(_check_parameters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
@@ -201,7 +200,7 @@ class GritLitModule(pl.LightningModule):
     def _build(self, backbone: PreTrainedModel, sharding: WholeAdapterStrategy | None) -> None:
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
         own, before = [*backbone.parameters(), *backbone.buffers()], places(backbone)
-        with repeatable_start(self.adapter_config):
+        with repeatable_start(self.adapter_config, backbone):
             model = attach_adapter(backbone, self.adapter_config)
         if sharding is not None:
             fingerprint = sharding.share_adapter(model, fingerprint)
@@ -213,6 +212,7 @@ class GritLitModule(pl.LightningModule):
         self.allocation = RankAllocation.of(model)
         self.model, self.geometry = model, geometry
         self._adapter_names = adapter_names(self, own)
+        require_separate(saved_tensors(self, self._adapter_names))
 
     def setup(self, stage: str) -> None:
         """Get the task's metrics, and the references of generated answers, from the data module.
@@ -467,16 +467,10 @@ def _unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _check_parameters(module: GritLitModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a parent's state that does not hold exactly this adapter."""
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    require_same_parameters(saved_tensors(module, module._adapter_names), found)
-
-
 def _expect_no_backbone(module: GritLitModule, incompatible: Any) -> None:
     """Take the backbone, which no state holds, off the list of what a parent's state lacks."""
-    own = super(GritLitModule, module).state_dict().keys()
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, own)]
+    backbone = super(GritLitModule, module).state_dict().keys() - module.state_dict().keys()
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, backbone)]
 
 
 def _ends_in(name: str, names: Collection[str]) -> bool:

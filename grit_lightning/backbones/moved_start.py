@@ -7,11 +7,13 @@ place. And A₀ and B₀ are kept: W' + s·BA = W + s·(BA − B₀A₀) is a pl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from grit_lightning.errors import InvalidValueError
@@ -31,11 +33,20 @@ def moves_backbone(adapter: PeftConfig) -> bool:
 
 
 @contextmanager
-def repeatable_start(adapter: PeftConfig) -> Iterator[None]:
-    """Give a start that moves the backbone the same random numbers at all times; leave other adapters theirs."""
+def repeatable_start(adapter: PeftConfig, backbone: nn.Module) -> Iterator[None]:
+    """Give a start that moves the backbone the same random numbers at all times; leave other adapters theirs.
+
+    Raises:
+        ValueError: If it would move packed weights, whose bits are no numbers.
+    """
     if not moves_backbone(adapter):
         yield
         return
+    if any(hasattr(weight, "quant_state") for weight in backbone.parameters()):
+        raise InvalidValueError(
+            "adapter.init_lora_weights: expected one that leaves the backbone as it is, as its weights are quantised, got "
+            f"{getattr(adapter, 'init_lora_weights', None)!r}. Set it to true, or set model.quantization to null."
+        )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -55,9 +66,10 @@ def start_of(model: PeftModel, adapter: PeftConfig, before: Places) -> dict[str,
         before: `places` of the backbone before that.
 
     Raises:
-        ValueError: If the backbone was changed in a way that can not be undone.
+        ValueError: If the backbone was changed in a way that cannot be undone.
     """
     if moves_backbone(adapter):
+        _require_unshared(model, adapter)
         named = model.named_parameters()
         return {name: p.detach().cpu().clone() for name, p in named if ".lora_A." in name or ".lora_B." in name}
     after = places(model.get_base_model())
@@ -68,6 +80,19 @@ def start_of(model: PeftModel, adapter: PeftConfig, before: Places) -> dict[str,
             f"{len(changed) - 1} other weights: no checkpoint or export could give the trained model back. Set it to another."
         )
     return {}
+
+
+def _require_unshared(model: PeftModel, adapter: PeftConfig) -> None:
+    """Refuse to have moved weights that another layer uses without the adapter."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    for name, layer in model.named_modules():
+        weight = getattr(layer.get_base_layer(), "weight", None) if isinstance(layer, BaseTunerLayer) else None
+        if owners[id(weight)] > 1:
+            raise InvalidValueError(
+                f"adapter.init_lora_weights: expected one that leaves the weights of {name} where they are, which it shares "
+                f"with another layer, got {getattr(adapter, 'init_lora_weights', None)!r}. Set it to true, or take that layer "
+                "out of adapter.target_modules."
+            )
 
 
 def require_start(saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:

@@ -91,6 +91,26 @@ def load_saved_state(module: nn.Module, names: frozenset[str], state: Mapping[st
         parameter.copy_(state[name])
 
 
+def require_separate(tensors: Mapping[str, Tensor]) -> None:
+    """Check that no tensor of an adapter, just attached, is a view of another.
+
+    Views come apart when the model is moved to another device, and are joined again when it is built anew: a checkpoint of two
+    tensors would be loaded into one.
+
+    Raises:
+        ValueError: If one is.
+    """
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        place = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+        if place and (other := owners.setdefault(place, name)) != name:
+            raise InvalidValueError(
+                f"adapter.ensure_weight_tying: expected false where layers are adapted, got true, which makes {name} a view of "
+                f"{other} until the model is moved to another device. Set it to false, or name the embeddings in "
+                "adapter.modules_to_save."
+            )
+
+
 def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Check that a checkpoint has exactly the parameters of this adapter, by name and shape.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from peft import PeftConfig, PeftModel, get_peft_config
+from peft import PeftConfig, get_peft_config
 from safetensors.torch import save
 from torch import Tensor
 
@@ -152,7 +152,7 @@ def _write_merged(
     source: GritLitModule | str | os.PathLike[str], trained: _Trained, adapter: CompactAdapter, folder: Path
 ) -> None:
     if isinstance(source, GritLitModule):
-        backbone = _copy(source.peft_model).unload()
+        backbone = copy.deepcopy(source.peft_model).unload()
         adapter = compact(trained.config, trained.parameters)  # whose start is missing in this backbone already
     elif trained.backbone:
         loading: dict[str, Any] = {name: trained.loading.get(name) for name in _LOADING}
@@ -164,13 +164,6 @@ def _write_merged(
         )
     merge_into(backbone, adapter).save_pretrained(folder)
     _write_tokenizer(trained, folder)
-
-
-def _copy(model: PeftModel) -> PeftModel:
-    """Copy a model. Layers whose adapters are tied keep views of each other's factors, which torch does not copy by itself."""
-    attributes = (value for module in model.modules() for value in getattr(module, "kwargs", {}).values())
-    tied = [view for value in attributes if isinstance(value, Mapping) for view in value.values()]
-    return copy.deepcopy(model, {id(view): view.detach().clone() for view in tied if isinstance(view, Tensor)})
 
 
 def _write_tokenizer(trained: _Trained, folder: Path) -> None:

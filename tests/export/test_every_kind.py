@@ -43,7 +43,6 @@ SLICED: dict[str, PeftConfig] = {
 }
 WHOLE: dict[str, PeftConfig] = {
     "embedding": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
-    "tied embedding": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "bias in B": LoraConfig(r=4, lora_bias=True, **Q),
     "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": peft.AdaLoraConfig(init_r=4, total_step=10, **Q),
@@ -129,10 +128,31 @@ def test_an_adapter_that_is_not_sliced_is_what_peft_writes(
     assert exported.whole in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_start_that_cannot_be_undone_is_refused_before_training(backbone: Path) -> None:
-    adapter = LoraConfig(r=4, kasa_config=peft.KasaConfig(), **Q)  # truncates the backbone's own weights
-    with pytest.raises(ValueError, match=r"adapter.init_lora_weights: expected .*, got True, which replaces"):
-        GritLitModule(str(backbone), adapter, geometry=None).configure_model()
+REFUSED: dict[str, tuple[LoraConfig, str | None, str]] = {
+    "replaced weights": (LoraConfig(r=4, kasa_config=peft.KasaConfig(), **Q), None, "got True, which replaces"),
+    "packed weights": (SLICED["pissa"], "nf4", "as its weights are quantised, got 'pissa'"),
+    "shared weights": (
+        LoraConfig(r=4, init_lora_weights="olora", target_modules=["lm_head"]),
+        None,
+        "which it shares with another layer, got 'olora'",
+    ),
+    "views": (
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        None,
+        "ensure_weight_tying: expected false where layers are adapted, got true",
+    ),
+}
+
+
+@pytest.mark.parametrize(("adapter", "quantization", "complaint"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_no_checkpoint_could_give_back_is_refused_before_training(
+    adapter: LoraConfig, quantization: str | None, complaint: str, backbone: Path
+) -> None:
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    module = GritLitModule(str(backbone), adapter, geometry=None, quantization=quantization)
+    with pytest.raises(ValueError, match=complaint):
+        module.configure_model()
 
 
 def test_another_start_is_refused_on_resume(backbone: Path, tmp_path: Path, save: Save) -> None:
