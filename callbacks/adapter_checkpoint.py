@@ -73,12 +73,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         if step == self._seen_step or is_dev_run(trainer):
             return
         self._seen_step = step
+        validates = validation_follows(trainer, batch_idx)
+        if validates:
+            self._step_metrics = _current_metrics(trainer)
         last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
         if not last and step % self.every_n_steps != 0:
             return
-        if _validation_follows(trainer, batch_idx):
+        if validates:
             self._waits_for_validation = True
-            self._step_metrics = _current_metrics(trainer)
         else:
             self._save(trainer)
 
@@ -92,10 +94,14 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that was stopped between two due steps."""
-        if self._saved_step != trainer.global_step and not is_dev_run(trainer):
-            self._save(trainer)
+        self.save_unless_saved(trainer)
 
     # Saving.
+
+    def save_unless_saved(self, trainer: pl.Trainer) -> None:
+        """Save this step, due or not; call it on all processes, at the end of a step."""
+        if self._saved_step != trainer.global_step and not is_dev_run(trainer):
+            self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Write, link, and only then remove old files. All processes take part."""
@@ -172,7 +178,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
 
 
-def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether Lightning validates between this micro-batch and the next one, by its own rule."""
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every != 0):

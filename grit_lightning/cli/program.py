@@ -13,6 +13,7 @@ from grit_lightning.cli.export import export_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run import GritCLI
 from grit_lightning.cli.terminal import one_line_errors, silence_known_noise
+from grit_lightning.runs.signals import ended_by_signals
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval-harness": harness_command,
@@ -30,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     silence_known_noise()
     words = sys.argv[1:] if args is None else args
     command = COMMANDS.get(words[0]) if words else None
-    with one_line_errors():
+    with one_line_errors(), ended_by_signals():
         if command is None:
             GritCLI(words)
         else:

@@ -25,12 +25,21 @@ from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.step_timer import StepTimer
+from grit_lightning.callbacks.stop_on_signal import StopOnSignal
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import model_settings
 from grit_lightning.configs import EXTENDS, find_config, with_extended
 from grit_lightning.errors import InvalidValueError, MissingFileError
 from grit_lightning.module import GritLitModule
-from grit_lightning.runs.folder import CHECKPOINTS, CONFIG, clear, require_free, run_files, run_folder_of
+from grit_lightning.runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    clear,
+    require_free,
+    resume_command,
+    run_files,
+    run_folder_of,
+)
 from grit_lightning.runs.metrics_log import JSONLinesLogger
 
 __all__ = ["GritCLI", "callbacks", "datamodules"]
@@ -176,6 +185,7 @@ class GritCLI(LightningCLI):
         )
         add(RunRecord(str(self.folder), table), unless=RunRecord)
         add(GenerationWriter(str(self.folder)), unless=GenerationWriter)
+        add(StopOnSignal(resume_command(self.folder)), unless=StopOnSignal)
         self.config_writer = ConfigWriter(None if given.fast_dev_run else self.folder / CONFIG, self.settings_as_yaml)
         own.append(self.config_writer)
         if not given.barebones:
