@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -12,9 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from grit_lightning.checkpoints.atomic_io import make_atomic
+from grit_lightning.checkpoints.reading import read_checkpoint
 from grit_lightning.errors import require
 from grit_lightning.runs.atomic import point_to
 from grit_lightning.runs.metrics_log import JSONLinesLogger
+from grit_lightning.runs.signals import slurm_job
 from grit_lightning.runs.writing import is_dev_run
 
 LOG_KEY = "grit_log"
@@ -128,8 +131,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which files exist."""
-        return {"saved_step": self._saved_step, "kept": list(self._kept)}
+        """Return which files exist, and for which SLURM job they are written."""
+        return {"saved_step": self._saved_step, "kept": list(self._kept), "slurm_job": slurm_job()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the files of the run that is resumed."""
@@ -176,6 +179,18 @@ class AdapterCheckpoint(ModelCheckpoint):
         log, self._resumed_log = self._resumed_log, None
         if log is not None and log["metrics"] and batch_idx > 0 and trainer.current_epoch == log["epoch"]:
             pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
+
+
+def left_by_this_slurm_job(folder: Path) -> Path | None:
+    """Return the last checkpoint in a folder if this SLURM job has written it before it was requeued.
+
+    A requeued job runs its command again, word for word, and must neither begin anew nor refuse the folder that it has filled.
+    """
+    last = folder / "last.ckpt"
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not last.exists():
+        return None
+    saved = read_checkpoint(last)["callbacks"].get(AdapterCheckpoint.__qualname__, {})
+    return last if saved.get("slurm_job") == slurm_job() else None
 
 
 def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:

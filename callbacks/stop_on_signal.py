@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -197,6 +197,7 @@ class StopOnSignal(Callback):
             folder = getattr(trainer.checkpoint_callbacks[0], "dirpath", None) or trainer.default_root_dir
             path = Path(folder) / "last.ckpt"
             trainer.save_checkpoint(path)
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         command = f"trainer.fit(…, ckpt_path={str(path)!r})"
         if self.resume_command is not None:
             command = self.resume_command.format(checkpoint=shlex.quote(str(path)))

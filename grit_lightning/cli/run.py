@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
-from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, left_by_this_slurm_job
 from grit_lightning.callbacks.config_writer import ConfigWriter
 from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar
@@ -159,6 +159,8 @@ class GritCLI(LightningCLI):
             raise MissingFileError(f"--ckpt_path: expected a checkpoint, got {checkpoint}, which does not exist.")
         self._name_once()
         self.folder = self._choose_folder()
+        if self.subcommand == "fit" and (left := left_by_this_slurm_job(self.folder / CHECKPOINTS)) is not None:
+            self._settings.ckpt_path = str(left)
         self.files_before = set(run_files(self.folder))
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
             require_free(self.folder)

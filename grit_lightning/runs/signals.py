@@ -92,10 +92,15 @@ def tell(text: str) -> None:
         return
 
 
+def slurm_job() -> str | None:
+    """Return the name of the SLURM job that this process belongs to; it keeps it when it is requeued."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
 def requeue_slurm_job() -> str:
     """Put the SLURM job of this process back into the queue, and return what came of it as a sentence."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    job = str(slurm_job())
     try:
         ended = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     except OSError as error:
