@@ -1,12 +1,17 @@
 """Does a run that is killed and resumed end like one that never stopped? Real processes, real SIGKILL, every bit compared.
 
     python benchmarks/kill_and_resume.py --times 20 --seed 0
+    python benchmarks/kill_and_resume.py --times 20 --signal SIGTERM --every_n_steps 1000 \\
+        --json benchmarks/kill_and_resume_sigterm.json
 
 Trains a tiny random Llama through the command line: dropout, accumulation, reprojection, rank changes, validation, three
 epochs; AdamW and EigenbasisAdam in turn. Each run is killed at a random moment after a random step, every second one while
 a checkpoint is being written, and resumed from last.ckpt to its end. Compared with an untouched run are the adapter, the
 optimizer, the geometry, everything else in the last checkpoint, and every line of the logs but its time stamp. The exit
 code is 1 if a single bit differs.
+
+With `--signal SIGTERM` or SIGINT a run is asked to stop at a random moment, and none of its steps may be lost: it goes on from
+the checkpoint that the signal has it write.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -49,6 +55,11 @@ class Kill(NamedTuple):
     """Differing bits by part of the checkpoint."""
     lines: int
     """Differing or missing lines of the logs."""
+
+    @property
+    def difference(self) -> int:
+        """All that differs, in bits and lines."""
+        return sum(self.bits.values()) + self.lines
 
 
 # One run.
@@ -131,8 +142,14 @@ def train(words: list[str], log: Path) -> None:
     main(words)
 
 
-def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], bool] | None = None) -> bool:
-    """Train in a process of its own, killed as soon as `stop` returns True; return whether it was killed."""
+def run(
+    config: Path,
+    output: Path,
+    resume: bool = False,
+    stop: Callable[[Any], bool] | None = None,
+    signum: signal.Signals = signal.SIGKILL,
+) -> bool:
+    """Train in a process of its own, sent a signal as soon as `stop` returns True; return whether that ended it."""
     words = ["fit", f"--config={config}", f"--output={output}"]
     if resume:
         words.append(f"--ckpt_path={output / 'checkpoints' / 'last.ckpt'}")
@@ -141,18 +158,27 @@ def run(config: Path, output: Path, resume: bool = False, stop: Callable[[Any], 
     process.start()
     while process.is_alive() and stop is not None:
         if stop(process):
-            process.kill()
+            os.kill(process.pid, signum)
             process.join()
-            return True
+            break
         time.sleep(0.0005)
     process.join()
+    if process.exitcode in (-signum, 128 + signum):
+        return True
     if process.exitcode != 0:
         raise RuntimeError(f"The run ended with exit code {process.exitcode}:\n{log.read_text()[-3000:]}")
     return False
 
 
 def kill_and_resume(
-    config: Path, output: Path, whole: Path, optimizer: str, steps: int, chance: random.Random, writing: bool
+    config: Path,
+    output: Path,
+    whole: Path,
+    optimizer: str,
+    steps: int,
+    chance: random.Random,
+    writing: bool,
+    signum: signal.Signals = signal.SIGKILL,
 ) -> Kill:
     """Kill one run, resume it, and compare it with the run that was never killed."""
     pause = chance.uniform(0.0, seconds_per_step(whole))
@@ -161,19 +187,24 @@ def kill_and_resume(
         after = chance.randrange(1, steps)
 
         def due(process: Any, after: int = after) -> bool:
-            if steps_logged(output) < after or not (checkpoints / "last.ckpt").exists():
+            no_checkpoint = signum == signal.SIGKILL and not (checkpoints / "last.ckpt").exists()
+            if steps_logged(output) < after or no_checkpoint:
                 return False
             if writing:
                 return any(name.startswith(".epoch") for name in os.listdir(checkpoints))
             time.sleep(pause)
             return bool(process.is_alive())
 
-        if run(config, output, stop=due):
+        if run(config, output, stop=due, signum=signum):
             break
         remove(output)  # it was faster than the kill
     step = steps_logged(output)
     unfinished = any(path.name.endswith(".unfinished") for path in checkpoints.iterdir())
     resumed_from = read_checkpoint(checkpoints / "last.ckpt")["global_step"]
+    if signum != signal.SIGKILL and resumed_from < step:
+        raise RuntimeError(
+            f"Expected a checkpoint of step {step} or later from {signum.name}, got one of {resumed_from}."
+        )
     run(config, output, resume=True)
     where = "in a checkpoint" if unfinished else "in a step"
     return Kill(optimizer.rpartition(".")[2], step, resumed_from, where, *compare(whole, output))
@@ -266,6 +297,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="Optimizer steps of a run.")
     parser.add_argument("--every_n_steps", type=int, default=2, help="Optimizer steps between two checkpoints.")
     parser.add_argument("--workers", type=int, default=0, help="Data-loader processes.")
+    parser.add_argument(
+        "--signal", choices=("SIGKILL", "SIGTERM", "SIGINT"), default="SIGKILL", help="What ends a run."
+    )
+    parser.add_argument("--json", type=Path, help="File for the raw numbers.")
     parser.add_argument("--keep", type=Path, help="Folder to leave the runs in.")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -275,7 +310,12 @@ def main() -> int:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        return report(kills(folder, args))
+        all_kills = list(kills(folder, args))
+    if args.json is not None:
+        raw = [kill._asdict() for kill in all_kills]
+        settings = {"signal": args.signal, "times": args.times, "seed": args.seed, "steps": args.steps}
+        args.json.write_text(json.dumps(settings | {"kills": raw}, indent=1) + "\n", encoding="utf-8")
+    return report(all_kills)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
@@ -287,10 +327,10 @@ def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
         optimizer = OPTIMIZERS[number % len(OPTIMIZERS)]
         if not wholes[optimizer].exists():
             run(configs[optimizer], wholes[optimizer])
-        writing = number // len(OPTIMIZERS) % 2 == 1
-        kill = kill_and_resume(
-            configs[optimizer], folder / f"killed-{number}", wholes[optimizer], optimizer, args.steps, chance, writing
-        )
+        signum = signal.Signals[args.signal]
+        writing = signum == signal.SIGKILL and number // len(OPTIMIZERS) % 2 == 1
+        output, whole = folder / f"killed-{number}", wholes[optimizer]
+        kill = kill_and_resume(configs[optimizer], output, whole, optimizer, args.steps, chance, writing, signum)
         print(
             f"kill {number + 1:2d}  {kill.optimizer:14s}  after step {kill.step:2d}, {kill.where:15s}  resumed from "
             f"{kill.resumed_from:2d}  differing bits {sum(kill.bits.values())}, lines {kill.lines}",
@@ -299,9 +339,8 @@ def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
         yield kill
 
 
-def report(found: Iterator[Kill]) -> int:
+def report(all_kills: list[Kill]) -> int:
     """Print the closing table; return the exit code."""
-    all_kills = list(found)
     print("\n| killed | times | steps | bits: " + " | ".join([*PARTS, "the rest"]) + " | lines of the logs |")
     print("|---" * (5 + len(PARTS)) + "|")
     for where in sorted({kill.where for kill in all_kills}):
@@ -309,7 +348,7 @@ def report(found: Iterator[Kill]) -> int:
         bits = [str(sum(kill.bits[part] for kill in chosen)) for part in (*PARTS, "the rest")]
         steps = ", ".join(str(step) for step in sorted(kill.step for kill in chosen))
         print(f"| {where} | {len(chosen)} | {steps} | {' | '.join(bits)} | {sum(kill.lines for kill in chosen)} |")
-    different = sum(sum(kill.bits.values()) + kill.lines for kill in all_kills)
+    different = sum(kill.difference for kill in all_kills)
     print(f"\n{len(all_kills)} kills: " + ("nothing differs" if different == 0 else "DIFFERENT"))
     return 0 if different == 0 else 1
 

@@ -177,7 +177,10 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: pl.Trainer, signum: int, owes_validation: bool = False) -> None:
         self._owes_validation = owes_validation
-        self._outcome = self._save(trainer)
+        try:
+            self._outcome = self._save(trainer)
+        except OSError as error:  # a full disk must not hide that the run was stopped, nor how
+            self._outcome = f"This step could not be saved ({error}); an older checkpoint is as it was."
         self._owes_validation = False
         if signum in self._requeue and trainer.is_global_zero:
             self._outcome += f"\n{requeue_slurm_job()}"

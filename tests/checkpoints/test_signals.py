@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,26 +34,25 @@ def stop(run: Any, name: str, hook: str, step: int, *signums: int, **settings: A
     return int(stopped.value.code)
 
 
-@pytest.mark.parametrize(
-    ("hook", "step", "saved", "settings"),
-    [
-        ("on_before_optimizer_step", 3, 4, {}),
-        ("on_train_batch_start", 6, 7, {}),
-        ("on_before_optimizer_step", 4, 5, {"limit_val_batches": 1.0}),  # a validation would follow
-        ("on_validation_batch_start", 5, 5, {"limit_val_batches": 1.0}),
-        ("on_validation_batch_end", 5, 5, {"limit_val_batches": 1.0, "max_steps": -1, "max_epochs": 3}),
-        ("on_validation_batch_start", 4, 4, {"limit_val_batches": 1.0, "val_check_interval": 4}),
-        ("on_validation_batch_start", 12, 12, {"limit_val_batches": 1.0, "val_check_interval": 4, "workers": 1}),
-        ("on_before_optimizer_step", 11, 12, {}),
-    ],
-    ids=str,
-)
-def test_a_stopped_run_goes_on_bit_for_bit(
-    run: Any, hook: str, step: int, saved: int, settings: dict[str, Any]
-) -> None:
-    whole = run("whole", StopOnSignal(), every_n_steps=100, **settings)
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 4}
+CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "in a step": ("on_before_optimizer_step", 3, 4, {}),
+    "in the last step": ("on_before_optimizer_step", 11, 12, {}),
+    "in a step before a validation": ("on_before_optimizer_step", 4, 5, {"limit_val_batches": 1.0}),
+    "in a validation": ("on_validation_batch_start", 4, 4, VALIDATING),
+    "in a validation at an epoch's end": ("on_validation_batch_end", 5, 5, {"limit_val_batches": 1.0, "max_epochs": 3}),
+    "in the last validation, with workers": ("on_validation_batch_start", 12, 12, VALIDATING | {"workers": 1}),
+}
+"""By moment: the hook and the step in which the signal comes, the step that is saved, and settings of the run."""
+
+
+@pytest.mark.parametrize("moment", CASES)
+def test_a_stopped_run_goes_on_bit_for_bit(run: Any, whole: Path, moment: str) -> None:
+    hook, step, saved, settings = CASES[moment]
+    if settings:
+        whole = run("whole", every_n_steps=100, **settings)
     assert stop(run, "stopped", hook, step, signal.SIGTERM, **settings) == 143
     folder = run.folder / "stopped"
     assert run.content(folder)["global_step"] == saved
-    resumed = run("stopped", StopOnSignal(), resume=run.last(folder), every_n_steps=100, **settings)
+    resumed = run("stopped", resume=run.last(folder), every_n_steps=100, **settings)
     run.assert_same(whole, resumed)

@@ -31,7 +31,9 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
 
 
 def handlers() -> dict[int, Any]:
-    return {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    return {
+        signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
 
 
 def stopped(grit: Grit, *words: str) -> int:
@@ -53,6 +55,8 @@ def test_a_signal_leaves_a_checkpoint_the_usual_code_and_the_command_that_goes_o
     said = capfd.readouterr().err
     assert f"Stopped by {name} after optimizer step 2. It is saved in {LAST}." in said
     assert "Traceback" not in said
+    if name != "SIGTERM":
+        return  # one of them goes on, for all
     command = shlex.split(next(line for line in said.splitlines() if line.startswith("  grit fit ")))
     main(command[1:])
     assert read_checkpoint(LAST)["global_step"] == 4
@@ -80,5 +84,7 @@ def test_a_requeued_slurm_job_goes_on_where_its_signal_stopped_it(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     grit("fit", *words)  # the same command
     assert read_checkpoint(LAST)["global_step"] == 4
-    steps = [json.loads(line)["step"] for line in Path("a/metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    steps = [
+        json.loads(line)["step"] for line in Path("a/metrics.jsonl").read_text().splitlines() if "train/loss" in line
+    ]
     assert steps == [0, 1, 2, 3]
