@@ -1,14 +1,17 @@
-"""Does a run that is killed and resumed end like one that never stopped? Real processes, real SIGKILL, every bit compared.
+r"""Does a run that is killed and resumed end like one that never stopped? Real processes, real SIGKILL, every bit compared.
 
     python benchmarks/kill_and_resume.py --times 20 --seed 0
-    python benchmarks/kill_and_resume.py --times 20 --seed 0 --signal SIGTERM --json benchmarks/results/sigterm.jsonl
+    python benchmarks/kill_and_resume.py --times 20 --signal SIGTERM --every_n_steps 1000 \
+        --json benchmarks/kill_and_resume_sigterm.json
 
 Trains a tiny random Llama through the command line: dropout, accumulation, reprojection, rank changes, validation, three
 epochs; AdamW and EigenbasisAdam in turn. Each run is killed at a random moment after a random step, every second one while
 a checkpoint is being written, and resumed from last.ckpt to its end. Compared with an untouched run are the adapter, the
 optimizer, the geometry, everything else in the last checkpoint, and every line of the logs but its time stamp. The exit
-code is 1 if a single bit differs. With `--signal` the run is asked to stop instead (SIGTERM, SIGINT), saves no checkpoint but
-the one that the signal has it write, and must end with the usual exit code.
+code is 1 if a single bit differs.
+
+With `--signal SIGTERM` or SIGINT a run is asked to stop at a random moment, and none of its steps may be lost: it goes on from
+the checkpoint that the signal has it write.
 """
 
 from __future__ import annotations
@@ -52,6 +55,11 @@ class Kill(NamedTuple):
     """Differing bits by part of the checkpoint."""
     lines: int
     """Differing or missing lines of the logs."""
+
+    @property
+    def difference(self) -> int:
+        """All that differs, in bits and lines."""
+        return sum(self.bits.values()) + self.lines
 
 
 # One run.
@@ -141,7 +149,7 @@ def run(
     stop: Callable[[Any], bool] | None = None,
     signum: signal.Signals = signal.SIGKILL,
 ) -> bool:
-    """Train in a process of its own, which gets a signal as soon as `stop` returns True; return whether that ended it."""
+    """Train in a process of its own, sent a signal as soon as `stop` returns True; return whether that ended it."""
     words = ["fit", f"--config={config}", f"--output={output}"]
     if resume:
         words.append(f"--ckpt_path={output / 'checkpoints' / 'last.ckpt'}")
@@ -150,13 +158,13 @@ def run(
     process.start()
     while process.is_alive() and stop is not None:
         if stop(process):
-            os.kill(process.pid or 0, signum)
+            os.kill(process.pid, signum)
             process.join()
-            if signum == signal.SIGKILL or process.exitcode == 128 + signum:
-                return True
             break
         time.sleep(0.0005)
     process.join()
+    if process.exitcode in (-signum, 128 + signum):
+        return True
     if process.exitcode != 0:
         raise RuntimeError(f"The run ended with exit code {process.exitcode}:\n{log.read_text()[-3000:]}")
     return False
@@ -170,16 +178,17 @@ def kill_and_resume(
     steps: int,
     chance: random.Random,
     writing: bool,
-    signum: signal.Signals,
+    signum: signal.Signals = signal.SIGKILL,
 ) -> Kill:
-    """Stop one run, resume it, and compare it with the run that was never stopped."""
+    """Kill one run, resume it, and compare it with the run that was never killed."""
     pause = chance.uniform(0.0, seconds_per_step(whole))
     checkpoints = output / "checkpoints"
     while True:
         after = chance.randrange(1, steps)
 
         def due(process: Any, after: int = after) -> bool:
-            if steps_logged(output) < after or (signum == signal.SIGKILL and not (checkpoints / "last.ckpt").exists()):
+            no_checkpoint = signum == signal.SIGKILL and not (checkpoints / "last.ckpt").exists()
+            if steps_logged(output) < after or no_checkpoint:
                 return False
             if writing:
                 return any(name.startswith(".epoch") for name in os.listdir(checkpoints))
@@ -192,8 +201,12 @@ def kill_and_resume(
     step = steps_logged(output)
     unfinished = any(path.name.endswith(".unfinished") for path in checkpoints.iterdir())
     resumed_from = read_checkpoint(checkpoints / "last.ckpt")["global_step"]
+    if signum != signal.SIGKILL and resumed_from < step:
+        raise RuntimeError(
+            f"Expected a checkpoint of step {step} or later from {signum.name}, got one of {resumed_from}."
+        )
     run(config, output, resume=True)
-    where = signum.name if signum != signal.SIGKILL else "in a checkpoint" if unfinished else "in a step"
+    where = "in a checkpoint" if unfinished else "in a step"
     return Kill(optimizer.rpartition(".")[2], step, resumed_from, where, *compare(whole, output))
 
 
@@ -285,9 +298,9 @@ def main() -> int:
     parser.add_argument("--every_n_steps", type=int, default=2, help="Optimizer steps between two checkpoints.")
     parser.add_argument("--workers", type=int, default=0, help="Data-loader processes.")
     parser.add_argument(
-        "--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"], help="What stops the runs."
+        "--signal", choices=("SIGKILL", "SIGTERM", "SIGINT"), default="SIGKILL", help="What ends a run."
     )
-    parser.add_argument("--json", type=Path, help="File for the raw numbers, one line a kill.")
+    parser.add_argument("--json", type=Path, help="File for the raw numbers.")
     parser.add_argument("--keep", type=Path, help="Folder to leave the runs in.")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -297,15 +310,18 @@ def main() -> int:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        return report(kills(folder, args), args.json)
+        all_kills = list(kills(folder, args))
+    if args.json is not None:
+        raw = [kill._asdict() for kill in all_kills]
+        settings = {"signal": args.signal, "times": args.times, "seed": args.seed, "steps": args.steps}
+        args.json.write_text(json.dumps(settings | {"kills": raw}, indent=1) + "\n", encoding="utf-8")
+    return report(all_kills)
 
 
 def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
     """Kill and resume the requested number of runs, and print one line for each."""
     chance = random.Random(args.seed)
-    # One that a signal stops has no checkpoint but that of the signal.
-    every_n_steps = args.every_n_steps if args.signal == "SIGKILL" else args.steps
-    configs = prepare(folder, args.steps, every_n_steps, args.workers)
+    configs = prepare(folder, args.steps, args.every_n_steps, args.workers)
     wholes = {optimizer: folder / f"whole-{path.stem}" for optimizer, path in configs.items()}
     for number in range(args.times):
         optimizer = OPTIMIZERS[number % len(OPTIMIZERS)]
@@ -313,10 +329,8 @@ def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
             run(configs[optimizer], wholes[optimizer])
         signum = signal.Signals[args.signal]
         writing = signum == signal.SIGKILL and number // len(OPTIMIZERS) % 2 == 1
-        output = folder / f"killed-{number}"
-        kill = kill_and_resume(
-            configs[optimizer], output, wholes[optimizer], optimizer, args.steps, chance, writing, signum
-        )
+        output, whole = folder / f"killed-{number}", wholes[optimizer]
+        kill = kill_and_resume(configs[optimizer], output, whole, optimizer, args.steps, chance, writing, signum)
         print(
             f"kill {number + 1:2d}  {kill.optimizer:14s}  after step {kill.step:2d}, {kill.where:15s}  resumed from "
             f"{kill.resumed_from:2d}  differing bits {sum(kill.bits.values())}, lines {kill.lines}",
@@ -325,12 +339,8 @@ def kills(folder: Path, args: argparse.Namespace) -> Iterator[Kill]:
         yield kill
 
 
-def report(found: Iterator[Kill], file: Path | None = None) -> int:
-    """Print the closing table, write the raw numbers; return the exit code."""
-    all_kills = list(found)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(kill._asdict()) + "\n" for kill in all_kills), encoding="utf-8")
+def report(all_kills: list[Kill]) -> int:
+    """Print the closing table; return the exit code."""
     print("\n| killed | times | steps | bits: " + " | ".join([*PARTS, "the rest"]) + " | lines of the logs |")
     print("|---" * (5 + len(PARTS)) + "|")
     for where in sorted({kill.where for kill in all_kills}):
@@ -338,7 +348,7 @@ def report(found: Iterator[Kill], file: Path | None = None) -> int:
         bits = [str(sum(kill.bits[part] for kill in chosen)) for part in (*PARTS, "the rest")]
         steps = ", ".join(str(step) for step in sorted(kill.step for kill in chosen))
         print(f"| {where} | {len(chosen)} | {steps} | {' | '.join(bits)} | {sum(kill.lines for kill in chosen)} |")
-    different = sum(sum(kill.bits.values()) + kill.lines for kill in all_kills)
+    different = sum(kill.difference for kill in all_kills)
     print(f"\n{len(all_kills)} kills: " + ("nothing differs" if different == 0 else "DIFFERENT"))
     return 0 if different == 0 else 1
 

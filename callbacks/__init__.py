@@ -10,6 +10,7 @@ from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.spectra import SpectraLogger
 from grit_lightning.callbacks.step_timer import StepTimer
+from grit_lightning.callbacks.stop_on_signal import StopOnSignal
 
 __all__ = [
     "AdapterCheckpoint",
@@ -23,4 +24,5 @@ __all__ = [
     "RunRecord",
     "SpectraLogger",
     "StepTimer",
+    "StopOnSignal",
 ]

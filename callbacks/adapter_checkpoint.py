@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
+import os
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -14,12 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from grit_lightning.checkpoints.atomic_io import make_atomic
+from grit_lightning.checkpoints.reading import read_checkpoint
 from grit_lightning.errors import require
 from grit_lightning.runs.atomic import point_to
-from grit_lightning.runs.folder import run_folder_of
 from grit_lightning.runs.metrics_log import JSONLinesLogger
-from grit_lightning.runs.requeue import requeue, requeue_signal
-from grit_lightning.runs.signals import StoppedBySignal, StopSignals
+from grit_lightning.runs.signals import slurm_job
 from grit_lightning.runs.writing import is_dev_run
 
 LOG_KEY = "grit_log"
@@ -36,35 +34,22 @@ class AdapterCheckpoint(ModelCheckpoint):
     and repeats values that are logged only now and then (ranks, say) at every later step of the epoch. On resume,
     `metrics.jsonl` is cut back to where it was, and gets exactly the lines that an uninterrupted run would have written.
 
-    While it trains, Ctrl-C, SIGTERM and SLURM's requeue signal let the step under way end, and the validation if one
-    follows; the run is then saved and ends with the usual exit code (130, 143), on all processes if one has got the signal.
-    A second Ctrl-C ends it at once. A requeued SLURM job goes on by itself when it is started with the same command.
-
     Args:
         dirpath: Folder of the checkpoints; None is `checkpoints/` in the run's folder.
         every_n_steps: Optimizer steps between two checkpoints.
         keep_last: How many of the newest to keep.
-        save_on_signal: Whether signals are handled so. False leaves them to Lightning, which stops without a checkpoint.
 
     Raises:
         ValueError: If a number is less than 1.
     """
 
-    def __init__(
-        self,
-        dirpath: str | Path | None = None,
-        every_n_steps: int = 50,
-        keep_last: int = 1,
-        save_on_signal: bool = True,
-    ) -> None:
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50, keep_last: int = 1) -> None:
         """Check and remember the settings."""
         for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
             require("AdapterCheckpoint", name, value >= 1, "an integer ≥ 1", value)
         super().__init__(dirpath, save_top_k=0, every_n_train_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
-        self.save_on_signal = save_on_signal
-        self._signals: StopSignals | None = None
         self._seen_step = 0
         self._saved_step = 0
         self._kept: list[str] = []
@@ -80,12 +65,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         make_atomic(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Avoid saving the step that the run resumes from a second time; from now on, stop at a signal."""
+        """Avoid saving the step that the run resumes from a second time."""
         self._seen_step = trainer.global_step
-        if self.save_on_signal and not is_dev_run(trainer):
-            environment = getattr(trainer.strategy, "cluster_environment", None)
-            self._signals = StopSignals(requeue_signal(environment))
-            self._signals.install()  # after Lightning has installed its own
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,73 +76,35 @@ class AdapterCheckpoint(ModelCheckpoint):
         if step == self._seen_step or is_dev_run(trainer):
             return
         self._seen_step = step
-        stopped = self._is_stopped(trainer)
-        last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
-        if not last and not stopped and step % self.every_n_steps != 0:
-            return
-        if _validation_follows(trainer, batch_idx):
-            self._waits_for_validation = True
+        validates = validation_follows(trainer, batch_idx)
+        if validates:
             self._step_metrics = _current_metrics(trainer)
+        last = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
+        if not last and step % self.every_n_steps != 0:
             return
-        self._save(trainer)
-        if stopped:
-            self._stop(trainer)
+        if validates:
+            self._waits_for_validation = True
+        else:
+            self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the step that has just been validated, if it is due."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
-        stopped = self._is_stopped(trainer)
-        if self._waits_for_validation or (stopped and self._saved_step != trainer.global_step):
+        if self._waits_for_validation and trainer.state.fn == TrainerFn.FITTING:
             self._save(trainer)
-        if stopped:
-            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing: the last step of the epoch has already been saved."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step of a run that was stopped between two due steps; signals are no longer ours."""
-        self._give_signals_back()
-        if self._saved_step != trainer.global_step and not is_dev_run(trainer):
-            self._save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave signals to others."""
-        self._give_signals_back()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave signals to others."""
-        self._give_signals_back()
-
-    # Stopping.
-
-    def _is_stopped(self, trainer: pl.Trainer) -> bool:
-        """Return whether a process has been asked to stop; a collective."""
-        if not self.save_on_signal:
-            return False
-        asked = self._signals is not None and self._signals.received is not None
-        return asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(asked, all=False)
-
-    def _stop(self, trainer: pl.Trainer) -> None:
-        """Say how to go on, and end this process."""
-        assert self._signals is not None
-        signum = self._signals.received or signal.SIGTERM  # another process has got it
-        is_requeue = signum not in (signal.SIGINT, signal.SIGTERM)
-        if trainer.is_global_zero:
-            folder = run_folder_of(Path(self.last_model_path))
-            words = f"Trainer.fit(..., ckpt_path={self.last_model_path!r})"
-            if folder is not None:
-                words = f"grit fit --ckpt_path {self.last_model_path}"
-            how = requeue() if is_requeue else f"Go on with: {words}"
-            sys.stderr.write(f"\nStopped by {signum.name} after step {trainer.global_step}, which is saved. {how}\n")
-        raise StoppedBySignal(signum)
-
-    def _give_signals_back(self) -> None:
-        if self._signals is not None:
-            self._signals.restore()
+        """Save the last step of a run that was stopped between two due steps."""
+        self.save_unless_saved(trainer)
 
     # Saving.
+
+    def save_unless_saved(self, trainer: pl.Trainer) -> None:
+        """Save this step, due or not; call it on all processes, at the end of a step."""
+        if self._saved_step != trainer.global_step and not is_dev_run(trainer):
+            self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Write, link, and only then remove old files. All processes take part."""
@@ -188,8 +131,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which files exist."""
-        return {"saved_step": self._saved_step, "kept": list(self._kept)}
+        """Return which files exist, and for which SLURM job they are written."""
+        return {"saved_step": self._saved_step, "kept": list(self._kept), "slurm_job": slurm_job()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the files of the run that is resumed."""
@@ -238,7 +181,19 @@ class AdapterCheckpoint(ModelCheckpoint):
             pl_module.log_dict(log["metrics"], on_step=True, on_epoch=False, batch_size=1)
 
 
-def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+def left_by_this_slurm_job(folder: Path) -> Path | None:
+    """Return the last checkpoint in a folder if this SLURM job has written it before it was requeued.
+
+    A requeued job runs its command again, word for word, and must neither begin anew nor refuse the folder that it has filled.
+    """
+    last = folder / "last.ckpt"
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not last.exists():
+        return None
+    saved = read_checkpoint(last)["callbacks"].get(AdapterCheckpoint.__qualname__, {})
+    return last if saved.get("slurm_job") == slurm_job() else None
+
+
+def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether Lightning validates between this micro-batch and the next one, by its own rule."""
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every != 0):

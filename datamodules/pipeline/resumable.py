@@ -5,18 +5,20 @@ Lightning writes `state_dict()` of the training loader into every checkpoint, an
 
 from __future__ import annotations
 
-import signal
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from grit_lightning.errors import InvalidValueError
+from grit_lightning.runs.signals import ignore_signals
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -186,12 +188,14 @@ def loader_options(num_workers: int, seed: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": _ignore_interrupts if num_workers > 0 else None,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": begin_worker,
         "generator": torch.Generator().manual_seed(seed),  # leaves the global random stream to the model
     }
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to workers too, to the main process: the step under way needs their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def begin_worker(worker: int) -> None:
+    """Prepare a worker process: signals are for the main process, and random numbers as Lightning would seed them."""
+    ignore_signals()
+    if int(os.environ.get("PL_SEED_WORKERS", "0")):  # Lightning does it for loaders without a function of their own
+        pl_worker_init_function(worker)

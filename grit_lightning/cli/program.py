@@ -17,7 +17,6 @@ from grit_lightning.cli.export import export_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run_words import SUBCOMMANDS, settle
 from grit_lightning.cli.terminal import (
-    exit_codes_of_signals,
     one_line_errors,
     silence_known_noise,
     take_verbose_errors,
@@ -25,6 +24,7 @@ from grit_lightning.cli.terminal import (
 )
 from grit_lightning.configs import shipped_configs
 from grit_lightning.errors import did_you_mean
+from grit_lightning.runs.signals import ended_by_signals
 
 COMMANDS = {"export": export_command, "prepare": prepare_command, "eval-harness": harness_command}
 PURPOSES = SUBCOMMANDS | {
@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         os.getcwd() not in sys.path
     ):  # a module beside the data is a class path; last, so that it hides no installed package
         sys.path.append(os.getcwd())
-    with one_line_errors(), exit_codes_of_signals():
+    with one_line_errors(), ended_by_signals():
         _run(words)
 
 

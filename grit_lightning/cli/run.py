@@ -20,12 +20,13 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from grit_lightning import callbacks, datamodules  # imported, so that YAML can use the short names of their classes
-from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, left_by_this_slurm_job
 from grit_lightning.callbacks.config_writer import ConfigWriter
 from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar, ProgressLines
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.step_timer import StepTimer
+from grit_lightning.callbacks.stop_on_signal import StopOnSignal
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import model_settings
 from grit_lightning.cli.run_parser import ConfigByName, RunParser, with_names_left_out, with_nested_help
@@ -38,6 +39,7 @@ from grit_lightning.runs.folder import (
     clear,
     default_folder,
     require_free,
+    resume_command,
     run_files,
     run_folder_of,
 )
@@ -153,6 +155,8 @@ class GritCLI(LightningCLI):
         """
         self._name_once()
         self.folder = self._choose_folder()
+        if self.subcommand == "fit" and (left := left_by_this_slurm_job(self.folder / CHECKPOINTS)) is not None:
+            self._settings.ckpt_path = str(left)
         self.files_before = set(run_files(self.folder))
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
             require_free(self.folder)
@@ -192,6 +196,7 @@ class GritCLI(LightningCLI):
         )
         add(RunRecord(str(self.folder), table), unless=RunRecord)
         add(GenerationWriter(str(self.folder)), unless=GenerationWriter)
+        add(StopOnSignal(resume_command(self.folder)), unless=StopOnSignal)
         self.config_writer = ConfigWriter(None if given.fast_dev_run else self.folder / CONFIG, self.settings_as_yaml)
         own.append(self.config_writer)
         if not given.barebones:

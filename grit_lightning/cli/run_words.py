@@ -7,7 +7,6 @@ then by the `config.yaml` of the checkpoint's run. Everything else is the busine
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,10 +46,7 @@ def settle(subcommand: str, words: Sequence[str]) -> list[str]:
         return list(words)
     settled = list(words)
     checkpoint = given.setting("ckpt_path")
-    if subcommand == "fit" and not checkpoint and _was_requeued():
-        checkpoint = _checkpoint_of(given)
-        settled += [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-    elif checkpoint == "last":
+    if checkpoint == "last":
         checkpoint = str(last_checkpoint(given))
         settled.append(f"--ckpt_path={checkpoint}")
     elif checkpoint and checkpoint.partition(":")[0] not in _LIGHTNINGS_NAMES:
@@ -62,18 +58,6 @@ def settle(subcommand: str, words: Sequence[str]) -> list[str]:
         return [f"--config={run / CONFIG}", f"--output={run}", *settled]
     where = ", since the checkpoint lies in no run folder with a config.yaml" if checkpoint else ""
     raise InvalidValueError(f"no data: add --config or --data{where}. `grit --help` lists the shipped configurations.")
-
-
-def _was_requeued() -> bool:
-    """Whether SLURM has started this job before: the same command then goes on where it was stopped."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-
-
-def _checkpoint_of(given: GivenWords) -> str | None:
-    try:
-        return str(last_checkpoint(given))
-    except MissingFileError:  # stopped before its first checkpoint
-        return None
 
 
 def named_checkpoint(checkpoint: str, configs: Sequence[str]) -> str:

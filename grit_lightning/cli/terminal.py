@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,25 +74,6 @@ def one_line_errors() -> Iterator[None]:
         if errors_are_verbose():
             raise
         sys.exit(1)
-
-
-@contextmanager
-def exit_codes_of_signals() -> Iterator[None]:
-    """Exit as shells expect it after Ctrl-C or SIGTERM, where no training is under way that saves itself first.
-
-    Lightning exits with 1 after Ctrl-C and with 0 after SIGTERM, and anything else with a traceback.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.stderr.write("grit: stopped by SIGINT\n")
-        sys.exit(128 + signal.SIGINT)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            sys.exit(128 + signal.SIGINT)
-        if type(stop).__name__ == "SIGTERMException":  # by name: its module imports torch
-            sys.exit(128 + signal.SIGTERM)
-        raise
 
 
 def _error_about_input(error: BaseException | None) -> BaseException | None:

@@ -42,6 +42,20 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
             _copy_back(flat, members)
 
 
+def largest_of_processes(value: int, device: torch.device) -> int:
+    """Return the largest of the numbers that all processes pass; a collective of 8 bytes.
+
+    Args:
+        value: A number.
+        device: Of the process group's backend.
+    """
+    if process_count() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace gradients by their means over all processes, in one all-reduce for each dtype and device; a collective.
 

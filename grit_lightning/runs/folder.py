@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,3 +78,9 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     """Return the run folder whose `checkpoints/` holds this checkpoint, None if it lies elsewhere."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() else None
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that goes on with the run of this folder; `{checkpoint}` stands for the checkpoint's path."""
+    config = shlex.quote(str(folder / CONFIG)).replace("{", "{{").replace("}", "}}")
+    return f"grit fit --config {config} --ckpt_path {{checkpoint}}"

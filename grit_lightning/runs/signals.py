@@ -1,62 +1,110 @@
-"""Signals that ask a process to stop: noted when they come, acted upon when it suits the work."""
+"""Signals that end a run: which they are, which exit code they lead to, and how they become an exception."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-
-class StopSignals:
-    """Notes Ctrl-C, SIGTERM and the like, and leaves it to the program when to stop.
-
-    A second Ctrl-C ends the process at once. Outside the main thread, where Python takes no handlers, nothing is noted.
-
-    Args:
-        extra: A further signal to note, None for no more than SIGINT and SIGTERM.
-
-    Attributes:
-        received: The first signal that came, None before.
-    """
-
-    def __init__(self, extra: signal.Signals | None = None) -> None:
-        """Remember which signals to note; `install` begins."""
-        self.received: signal.Signals | None = None
-        self._noted = [signal.SIGINT, signal.SIGTERM, *([] if extra is None else [extra])]
-        self._before: dict[signal.Signals, Any] = {}
-
-    def install(self) -> None:
-        """Take the signals over from whoever handles them."""
-        if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {each: signal.signal(each, self._note) for each in self._noted}
-
-    def restore(self) -> None:
-        """Give the signals back; does nothing when called again."""
-        before, self._before = self._before, {}
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        self.received = self.received or signal.Signals(number)
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Ctrl-C; the wish of a scheduler or a shell; a terminal that has been closed."""
 
 
 class StoppedBySignal(SystemExit):
-    """Ends a process that a signal has stopped, with the exit code that shells expect: 128 plus the signal's number.
+    """Ends the process with the usual exit code: 128 and the signal's number, so 130 for Ctrl-C and 143 for SIGTERM.
 
-    Args:
-        signum: The signal.
+    Attributes:
+        signal: Which one it was.
+        told: Whether the user has read about it.
     """
 
-    def __init__(self, signum: signal.Signals) -> None:
-        """Derive the exit code."""
+    def __init__(self, signum: int) -> None:
+        """Take the exit code from the signal."""
         super().__init__(128 + signum)
-        self.signum = signum
+        self.signal = signal.Signals(signum)
+        self.told = False
 
     def __str__(self) -> str:
-        """Return the signal's name."""
-        return self.signum.name
+        """Return the name of the signal, for a summary."""
+        return self.signal.name
+
+
+def raise_at_once(signum: int, frame: FrameType | None = None) -> None:
+    """Handle a signal where there is nothing to save."""
+    raise StoppedBySignal(signum)
+
+
+def handle(signums: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+    """Set a handler, and return the handlers that were there before.
+
+    Signals that are ignored stay so (`nohup` ignores SIGHUP). Outside the main thread, where Python allows no handler, nothing
+    happens.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in signums:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                before[signum] = signal.signal(signum, handler)
+    return before
+
+
+def restore(before: Mapping[int, Any]) -> None:
+    """Set the handlers that `handle` has returned."""
+    if threading.current_thread() is threading.main_thread():
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let signals end what is in the block with one line instead of a traceback, and with their exit codes."""
+    before = handle(ENDING, raise_at_once)
+    try:
+        yield
+    except StoppedBySignal as stopped:
+        if not stopped.told:
+            tell(f"Stopped by {stopped.signal.name}.")
+        raise
+    finally:
+        restore(before)
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """Leave it to the main process to end a data-loader worker; a `worker_init_fn`.
+
+    A terminal and SLURM signal all processes. A worker that ended at once would leave the main process without its next batch.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    for signum in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def tell(text: str) -> None:
+    """Write a line to the terminal from inside a signal handler, where `print` may find its own buffer in use."""
+    try:
+        os.write(2, f"\n{text}\n".encode())
+    except OSError:  # the terminal has been closed
+        return
+
+
+def slurm_job() -> str | None:
+    """Return the name of the SLURM job that this process belongs to; it keeps it when it is requeued."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def requeue_slurm_job() -> str:
+    """Put the SLURM job of this process back into the queue, and return what came of it as a sentence."""
+    job = str(slurm_job())
+    try:
+        ended = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"SLURM job {job} could not be requeued: {error}."
+    if ended.returncode != 0:
+        return f"SLURM job {job} could not be requeued: {ended.stderr.strip() or f'exit code {ended.returncode}'}."
+    return f"SLURM job {job} has been requeued and will go on by itself."

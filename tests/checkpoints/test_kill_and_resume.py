@@ -11,16 +11,16 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize(("signum", "times"), [("SIGKILL", 3), ("SIGTERM", 1)])
+@pytest.mark.parametrize(("signum", "times", "more"), [("SIGKILL", 3, []), ("SIGTERM", 1, ["--every_n_steps=1000"])])
 def test_stopped_and_resumed_runs_differ_in_no_bit_from_untouched_ones(
-    signum: str, times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    signum: str, times: int, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     benchmark = importlib.import_module("kill_and_resume")  # here, where all that it imports is loaded already
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")  # it sets them: afterwards they are as they were
     monkeypatch.setattr(
-        sys, "argv", ["kill_and_resume.py", f"--times={times}", "--steps=12", "--seed=1", f"--signal={signum}"]
+        sys, "argv", ["kill_and_resume.py", f"--times={times}", "--steps=12", "--seed=1", f"--signal={signum}", *more]
     )
     code = benchmark.main()
     printed = capsys.readouterr().out

@@ -112,13 +112,3 @@ def test_a_checkpoint_outside_a_run_needs_data() -> None:
 @pytest.mark.parametrize("word", ["--help", "-h", "--data.help", "--model.geometry.help", "--print_config"])
 def test_help_needs_no_data(word: str) -> None:
     assert settle("fit", [word]) == [word]
-
-
-def test_a_requeued_slurm_job_goes_on_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(Path("runs/a"))
-    words = ["--config=demo", "--output=runs/a"]
-    assert settle("fit", words) == words
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert settle("fit", words) == [*words, f"--ckpt_path={LAST}"]
-    assert settle("test", words) == words
-    assert settle("fit", ["--config=demo", "--output=runs/new"]) == ["--config=demo", "--output=runs/new"]

@@ -2,7 +2,6 @@
 
 - Every `InputError` and Lightning's MisconfigurationException are one line and exit status 1, behind their wrapping too.
 - An accident keeps its traceback, whoever raises it and whatever its builtin class is.
-- After Ctrl-C and SIGTERM the program exits with 130 and 143, whatever Lightning says.
 - With GRIT_VERBOSE_ERRORS=1 a traceback follows every sentence.
 """
 
@@ -16,7 +15,6 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from grit_lightning.cli.terminal import (
-    exit_codes_of_signals,
     one_line_errors,
     silence_known_noise,
     take_verbose_errors,
@@ -96,37 +94,3 @@ def test_loading_bars_are_drawn_in_a_terminal_only(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     silence_known_noise()
     assert [os.environ.get(switch) for switch in switches] == [None if terminal else "1"] * 3
-
-
-class SIGTERMException(SystemExit):  # as Lightning calls its own
-    """Stands in for Lightning's."""
-
-
-def _lightnings_answer_to_ctrl_c() -> None:
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        sys.exit(1)
-
-
-def _raise(error: BaseException) -> Callable[[], None]:
-    def run() -> None:
-        raise error
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("run", "code"),
-    [
-        (_raise(KeyboardInterrupt()), 130),
-        (_lightnings_answer_to_ctrl_c, 130),
-        (_raise(SIGTERMException()), 143),
-        (_raise(SystemExit(2)), 2),
-    ],
-    ids=["before the Trainer", "in a Trainer", "SIGTERM in a Trainer", "no signal"],
-)
-def test_signals_end_the_program_with_the_usual_exit_codes(run: Callable[[], None], code: int) -> None:
-    with pytest.raises(SystemExit) as stopped, exit_codes_of_signals():
-        run()
-    assert stopped.value.code == code

@@ -20,3 +20,14 @@ class DiesAt(pl.Callback):
             if self.killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"rank {self.rank} has had enough")
+
+
+class SignalledAt(pl.Callback):
+    """Sends a signal to the process of a rank in the middle of an optimizer step, counted from 1."""
+
+    def __init__(self, rank: int, step: int, signum: int) -> None:
+        self.rank, self.step, self.signum = rank, step, signum
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,11 @@ def words(tiny_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def dying(rank: int, step: int, killed: bool) -> list[str]:
-    settings = {"class_path": "dies.DiesAt", "init_args": {"rank": rank, "step": step, "killed": killed}}
-    return [f"--trainer.callbacks+={json.dumps(settings)}"]
+    return callback("DiesAt", rank=rank, step=step, killed=killed)
+
+
+def callback(name: str, **settings: int) -> list[str]:
+    return [f"--trainer.callbacks+={json.dumps({'class_path': f'dies.{name}', 'init_args': settings})}"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -79,3 +83,16 @@ def test_a_run_survives_a_killed_process_and_a_failing_one(words: list[str], tmp
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [step for step in range(6) if step not in steps] == []
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(words: list[str], tmp_path: Path) -> None:
+    """It goes to the process that does not write, from which only the reduction can carry it to the other."""
+    folder, program = tmp_path / "run", str(ROOT / "train.py")
+    last = folder / "checkpoints" / "last.ckpt"
+    fit = ["fit", "--config=demo", *OVERLAYS["ddp"], f"--output={folder}", *words, "--trainer.devices=2"]
+    stopped = run(program, *fit, *callback("SignalledAt", rank=1, step=3, signum=signal.SIGTERM))
+    assert stopped.returncode == 143, stopped.stderr
+    assert read_checkpoint(last)["global_step"] == 3  # the middle of the second epoch
+    assert f"Stopped by SIGTERM after optimizer step 3. It is saved in {last}." in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"

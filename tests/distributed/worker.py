@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import in_step  # type: ignore[import-not-found]
 import processes as runs  # type: ignore[import-not-found]
 
-from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection
+from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, StopOnSignal
 from grit_lightning.checkpoints.adapter_state import trained_parameters
 from grit_lightning.distributed import strategies
 from grit_lightning.distributed.collectives import (
@@ -184,7 +184,7 @@ def asked_to_stop(backbone: Path, folder: Path) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     module = runs.make_module(backbone, OFTEN)
-    callbacks = [Ask(), AdapterCheckpoint(folder, every_n_steps=100)]
+    callbacks = [Ask(), AdapterCheckpoint(folder, every_n_steps=100), StopOnSignal()]
     trainer = runs.make_trainer("ddp", callbacks=callbacks, enable_checkpointing=True)
     try:
         trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
