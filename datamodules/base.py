@@ -252,9 +252,9 @@ class TaskDataModule(ResumableDataModule):
     def max_length(self) -> int:
         """Upper bound on prompt plus answer, in tokens."""
         if self._max_length is not None:
-            return int(self._max_length)
+            return self._max_length
         context = None if self._backbone is None else backbone_context(self._backbone)
-        allowed = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
+        allowed: int = min(self.tokenizer.model_max_length, context or self.tokenizer.model_max_length)
         if allowed < self.default_max_length:
             log.info("%s: max_length is %d, all that tokenizer and backbone allow", self.task_name, allowed)
         return min(allowed, self.default_max_length)

@@ -191,7 +191,8 @@ def test_closed_answers_are_scored_both_ways(boolq: Any, module: Any, make_train
     trainer = make_trainer()
     trainer.test(module(), boolq, verbose=False)
     found = numbers(trainer)
-    both = {f"test/{kind}{name}" for kind in ("", "generated_") for name in ("accuracy", "precision", "recall", "f1")}
+    averages = [f"{macro}{name}" for macro in ("", "macro_") for name in ("precision", "recall", "f1")]
+    both = {f"test/{kind}{name}" for kind in ("", "generated_") for name in ("accuracy", *averages)}
     assert both | {"test/loss", "test/unmapped"} == found.keys()
     answered = read(tmp_path / "run" / "generations-test.jsonl")
     assert found["test/unmapped"] == pytest.approx(sum(row["answer"] is None for row in answered) / 6)
