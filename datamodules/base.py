@@ -252,7 +252,7 @@ class TaskDataModule(ResumableDataModule):
     def max_length(self) -> int:
         """Upper bound on prompt plus answer, in tokens."""
         if self._max_length is not None:
-            return int(self._max_length)
+            return self._max_length
         context = None if self._backbone is None else backbone_context(self._backbone)
         longest = int(self.tokenizer.model_max_length)
         allowed = min(longest, context or longest)

@@ -165,7 +165,8 @@ class AnswerWord(TextMetric):
     """Classification by the answer word in the generated text.
 
     An output that names no class is wrong: it lowers accuracy and recall, but no class's precision. Of two
-    classes, class 1 is the positive one; with more, precision, recall and F1 are macro averages.
+    classes, class 1 is the positive one, and there are macro averages beside it; with more, precision, recall and F1 are
+    macro averages.
 
     Args:
         choices: The answers, in class order.
@@ -173,14 +174,20 @@ class AnswerWord(TextMetric):
 
     def __init__(self, choices: Sequence[str]) -> None:
         """Prepare the counts."""
-        several = {"task": "multilabel", "num_labels": len(choices), "average": "macro"}
+        several: dict[str, Any] = {"task": "multilabel", "num_labels": len(choices), "average": "macro"}
         task: dict[str, Any] = {"task": "binary"} if len(choices) == 2 else several
+        averages: dict[str, Metric] = {}
+        if len(choices) == 2:
+            averages["generated_macro_precision"] = Precision(**several)
+            averages["generated_macro_recall"] = Recall(**several)
+            averages["generated_macro_f1"] = F1Score(**several)
         super().__init__(
             unmapped=MeanMetric(),
             generated_accuracy=MeanMetric(),
             generated_precision=Precision(**task),
             generated_recall=Recall(**task),
             generated_f1=F1Score(**task),
+            **averages,
         )
         self.choices = tuple(choices)
 
@@ -193,17 +200,20 @@ class AnswerWord(TextMetric):
         self._count("unmapped", (predicted < 0).float())
         self._count("generated_accuracy", (predicted == target).float())
         if found:  # these refuse an empty update
-            for name in ("generated_precision", "generated_recall", "generated_f1"):
-                self._count(name, self._columns(predicted), self._columns(target))
+            columns, right = self._one_hot(predicted), self._one_hot(target)
+            for average in ("generated_macro_", "generated_") if len(self.choices) == 2 else ("generated_",):
+                if average == "generated_" and len(self.choices) == 2:
+                    columns, right = columns[:, 1], right[:, 1]  # the positive class alone
+                for name in ("precision", "recall", "f1"):
+                    self._count(f"{average}{name}", columns, right)
         return [
             {"answer": self.choices[index] if index >= 0 else None, "correct": int(index == right)}
             for index, right in zip(found, targets, strict=True)
         ]
 
-    def _columns(self, classes: Tensor) -> Tensor:
-        """Return classes `[B]` as one-hot `[B, C]`, no column set for −1; of two classes the positive column `[B]` only."""
-        columns = (classes[:, None] == torch.arange(len(self.choices))).long()
-        return columns[:, 1] if len(self.choices) == 2 else columns
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        """Return classes `[B]` as one-hot `[B, C]`, no column set for −1."""
+        return (classes[:, None] == torch.arange(len(self.choices))).long()
 
 
 def text_metrics(

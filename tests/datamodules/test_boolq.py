@@ -317,7 +317,7 @@ def test_settings_out_of_range_are_refused(
 
 def test_a_length_beyond_the_tokenizers_context_is_refused(boolq: Callable[..., BoolQDataModule]) -> None:
     with pytest.raises(ValueError, match=r"max_length: expected at most the 128 tokens .*, got 512"):
-        boolq(max_length=None).setup("fit")
+        boolq(max_length=512).setup("fit")
 
 
 def test_the_tokenizer_may_be_a_backbones_name(tiny_backbone_dir: Path, boolq_folder: Path) -> None:

@@ -135,7 +135,8 @@ def test_each_task_is_evaluated_on_its_own(
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     found = pl.Trainer(accelerator="cpu", **quiet).validate(lit, datamodule=mixture(), verbose=False)
     metrics = {name: value for each in found for name, value in each.items()}
-    closed = {f"val/boolq/{name}" for name in ("accuracy", "precision", "recall", "f1")}
+    averages = [f"{macro}{name}" for macro in ("", "macro_") for name in ("precision", "recall", "f1")]
+    closed = {f"val/boolq/{name}" for name in ("accuracy", *averages)}
     assert metrics.keys() == {"val/gsm8k/loss", "val/boolq/loss", *closed}
     alone = GritLitModule(make_tiny_llama(max_position_embeddings=256), lora_config())
     task = mixture().tasks["boolq"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ def test_rows_and_a_template_are_enough(tiny_backbone_dir: Path, settings: dict[
     assert {split: len(module.examples(split)) for split in ("train", "validation")} == {"train": 38, "validation": 2}
     prompt = module.examples("train")[0]
     assert module.tokenizer.decode(prompt["input_ids"]).startswith("Q: What is ")
+
+
+def test_the_task_of_the_documentation_works(tiny_backbone_dir: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (template,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    space: dict[str, Any] = {"__name__": "mine"}
+    exec(code, space)
+    (tmp_path / "mine.yaml").write_text(template)
+    module = space["MineDataModule"](str(tiny_backbone_dir), **settings)
+    module.setup()
+    row = module.examples("train")[0]
+    assert module.tokenizer.decode(row["input_ids"]).startswith("Question: What is 0?\nAnswer: It is 0.")
 
 
 @pytest.mark.parametrize(

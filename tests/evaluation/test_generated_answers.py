@@ -23,7 +23,7 @@ from grit_lightning import GenerationSettings, GritLitModule
 from grit_lightning.callbacks import GenerationWriter
 from grit_lightning.datamodules import BoolQDataModule, MixtureDataModule, TaskDataModule
 from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluation
-from grit_lightning.evaluation.generation import generate_answers
+from grit_lightning.evaluation.generation import Answer, generate_answers
 
 ROWS = 7
 FEW = GenerationSettings(max_new_tokens=6)
@@ -187,11 +187,30 @@ def test_a_limit_leaves_the_loss_alone(sums: Any, module: Any, make_trainer: Any
     assert len(read(tmp_path / "run" / "generations-test.jsonl")) == 3
 
 
+def test_answers_stop_where_training_teaches_them_to(
+    sums: Any, module: Any, make_trainer: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    stops: list[list[int]] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, mask: Any, settings: Any, seed: int, stop_ids: Any) -> Any:
+        stops.append(list(stop_ids))
+        return [Answer("so", finished=True)] * len(prompts)
+
+    monkeypatch.setattr("grit_lightning.evaluation.generated_answers.generate_answers", generate)
+    datamodule = sums(use_chat_template=True)
+    make_trainer().test(module(), datamodule=datamodule, verbose=False)
+    learnt = {ids[-2] for ids in datamodule.examples("test")["input_ids"]}  # before the line feed
+    assert {tuple(ids) for ids in stops} == {(tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"),)} == {tuple(learnt)}
+
+
 def test_closed_answers_are_scored_both_ways(boolq: Any, module: Any, make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer()
     trainer.test(module(), boolq, verbose=False)
     found = numbers(trainer)
-    both = {f"test/{kind}{name}" for kind in ("", "generated_") for name in ("accuracy", "precision", "recall", "f1")}
+    averages = [f"{macro}{name}" for macro in ("", "macro_") for name in ("precision", "recall", "f1")]
+    both = {f"test/{kind}{name}" for kind in ("", "generated_") for name in ("accuracy", *averages)}
     assert both | {"test/loss", "test/unmapped"} == found.keys()
     answered = read(tmp_path / "run" / "generations-test.jsonl")
     assert found["test/unmapped"] == pytest.approx(sum(row["answer"] is None for row in answered) / 6)

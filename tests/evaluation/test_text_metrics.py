@@ -185,6 +185,14 @@ def test_an_output_means_the_first_answer_among_its_words() -> None:
     assert {text: answer_class(text, choices) for text in cases} == cases
 
 
+def test_always_the_same_answer_is_seen_in_the_macro_average() -> None:
+    metric = make("classification", ["no", "yes"])
+    scored_in_parts(metric, ["yes"] * 4, [""] * 4, [1, 1, 1, 0])
+    found = results(metric)
+    assert found["generated_recall"] == 1.0
+    assert found["generated_macro_recall"] == pytest.approx(1 / 2)
+
+
 def test_classification_counts_unmapped_outputs_as_wrong_and_as_no_class() -> None:
     outputs = ["yes", "Yes!", "no", "maybe", "maybe", "no", "yes", "no"]
     targets = [1, 0, 0, 1, 0, 1, 1, 0]  # by hand: TP 2, FP 1, FN 2 (one unmapped), right 4 of 8, unmapped 2
@@ -198,6 +206,9 @@ def test_classification_counts_unmapped_outputs_as_wrong_and_as_no_class() -> No
             "generated_precision": precision,
             "generated_recall": recall,
             "generated_f1": 2 * precision * recall / (precision + recall),
+            "generated_macro_precision": (2 / 3 + precision) / 2,  # class 0: TP 2, FP 1, FN 2
+            "generated_macro_recall": (2 / 4 + recall) / 2,
+            "generated_macro_f1": (4 / 7 + 4 / 7) / 2,
         }
     )
     assert rows[3] == {"answer": None, "correct": 0}
