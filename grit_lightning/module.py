@@ -49,6 +49,7 @@ from grit_lightning.optimization import (
     build_optimizer,
     build_schedule,
     require_usable,
+    require_usable_callbacks,
     steps_of_the_run,
     warn_of_settings,
 )
@@ -157,12 +158,13 @@ class GritLitModule(pl.LightningModule):
         Of all hooks, Lightning calls this one first, when the data module is known and before any data is prepared.
 
         Raises:
-            MisconfigurationException: If the strategy would split the adapter.
+            MisconfigurationException: If the strategy would split the adapter, or a callback needs another model.
             ValueError: If the backbone is no causal language model, the adapter does not fit it, or the data module's sequences
                 or tokens do not.
         """
         self._forget_shapes()
         require_supported(self.trainer.strategy)
+        require_usable_callbacks(self.trainer)
         uses = {
             "geometry": self.geometry_config is not None,
             "generation": self.answer_evaluations.settings is not None,

@@ -8,7 +8,12 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
@@ -120,11 +125,11 @@ def _require_planned_steps(trainer: pl.Trainer) -> int:
 
 
 def require_usable(trainer: pl.Trainer) -> None:
-    """Refuse optimizers and callbacks whose work would come at the wrong time: before preconditioning or the model's building.
+    """Refuse optimizers whose work would come at the wrong time.
 
     Raises:
         MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner would
-            see scaled ones, or a callback has looked at the model before `configure_model` built it.
+            see scaled ones.
     """
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         for optimizer in trainer.optimizers or []:
@@ -133,7 +138,20 @@ def require_usable(trainer: pl.Trainer) -> None:
                     "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
                     f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
                 )
+
+
+def require_usable_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that look at the model before `configure_model` has built it, or want one of another kind.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # as above
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                "trainer.callbacks: expected one that leaves the backbone frozen, of which a checkpoint holds nothing, got "
+                f"{type(callback).__name__}. Remove it; adapter.modules_to_save trains whole modules beside the adapter."
+            )
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
                 "trainer.callbacks: expected one that averages the weights that are trained, got StochasticWeightAveraging, "

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from grit_lightning.backbones.kinds import require_causal_model
 from grit_lightning.backbones.reading import check_revision, read_configuration, read_pretrained
@@ -70,6 +71,7 @@ def load_backbone(
         OSError: If the model cannot be read; says what was tried.
     """
     resolved = resolve_options(source, dtype, quantization, revision)
+    require_kernel(attn_implementation)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
 
     if resolved.kind == "instance":
@@ -81,6 +83,19 @@ def load_backbone(
         model = _load(resolved, revision, dtype=DTYPES[dtype] or fallback, **options)
 
     return as_backbone(model, gradient_checkpointing)
+
+
+def require_kernel(attn_implementation: str | None) -> None:
+    """Check that the package of an attention kernel is there.
+
+    Raises:
+        ImportError: If it is not.
+    """
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise MissingPackageError(
+            "attn_implementation: expected flash-attn to be installed with a GPU that it supports, for flash_attention_2, "
+            "got none. Set it to sdpa, which needs no package."
+        )
 
 
 def resolve_options(

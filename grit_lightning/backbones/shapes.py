@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grit_lightning.backbones.loading import DTYPES, as_backbone, fast_dtype, resolve_options
+from grit_lightning.backbones.loading import DTYPES, as_backbone, fast_dtype, require_kernel, resolve_options
 from grit_lightning.backbones.reading import read_configuration
 
 
@@ -37,6 +37,7 @@ def empty_backbone(
     """
     named = dtype if isinstance(dtype, str) else "auto"
     resolved = resolve_options(source, named, quantization, revision)
+    require_kernel(attn_implementation)
     if resolved.kind == "instance":
         return as_backbone(_without_weights(resolved.model), gradient_checkpointing)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

@@ -186,6 +186,8 @@ def _why_whole(config: PeftConfig, factors: Mapping[str, tuple[Tensor, Tensor]],
     fields: Mapping[str, Any] = vars(config)
     if variants := [name for name in _VARIANTS if fields.get(name)]:
         return variants[0]
+    if stacked := [layer for layer, (a, _) in factors.items() if len(a) != _configured_rank(config, layer)]:
+        return f"adapters of stacked weights ({stacked[0]})"
     if others_of_rank := [name for name in others if "lora_" in name and "lora_magnitude_vector" not in name]:
         return f"adapters of another kind than linear layers ({others_of_rank[0].rpartition('.lora_')[0]})"
     return "" if factors else "no linear layer"
@@ -218,6 +220,10 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             f"The adapter: expected finite weights, got NaN or infinity in {len(infinite)} trained parameters, first "
             f"{infinite[0]}. The training diverged: export an earlier checkpoint."
         )
+
+
+def _configured_rank(config: LoraConfig, layer: str) -> int:
+    return int(config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r))
 
 
 def _scaling(config: LoraConfig, layer: str, r: int) -> float:

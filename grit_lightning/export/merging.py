@@ -41,8 +41,19 @@ def merge(backbone: PreTrainedModel, adapter: CompactAdapter) -> PreTrainedModel
         )
     with warnings.catch_warnings():  # PEFT says what `untie` has done
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+        merged = _merged(model, adapter)
     merged.config.use_cache = True  # training had switched it off
+    return merged
+
+
+def _merged(model: PeftModel, adapter: CompactAdapter) -> PreTrainedModel:
+    try:
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # of PEFT, about some of its variants
+        raise InvalidValueError(
+            "--merge: expected an adapter that PEFT can merge, got one that it cannot: "
+            f"{str(error).strip().rstrip('.')}. Export it without --merge."
+        ) from error
     return merged
 
 
@@ -68,6 +79,8 @@ def untie(model: PeftModel) -> None:
     """
     modules = list(model.modules())
     owners = Counter(id(weight) for module in modules for weight in module.parameters(recurse=False))
+    if getattr(model.active_peft_config, "layer_replication", None):
+        _unshare_all(model.get_base_model(), owners)
     for layer in modules:
         base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
         weight = getattr(base, "weight", None)
@@ -76,6 +89,16 @@ def untie(model: PeftModel) -> None:
             base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
+
+
+def _unshare_all(backbone: PreTrainedModel, owners: Counter[int]) -> None:
+    """Give layers that PEFT has replicated weights of their own: a file holds each tensor under one name."""
+    tied = {id(module.weight) for module in (backbone.get_input_embeddings(),)}
+    for module in backbone.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if owners[id(weight)] > 1 and id(weight) not in tied:
+                owners[id(weight)] -= 1
+                setattr(module, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
 
 
 def _as_dense(backbone: PreTrainedModel) -> PreTrainedModel:

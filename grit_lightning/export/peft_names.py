@@ -12,7 +12,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from grit_lightning.backbones.adapters import attach_adapter
+from grit_lightning.backbones.adapters import attach_adapter, lacks_weights
+from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.backbones.shapes import empty_backbone
 from grit_lightning.errors import FileAccessError, InvalidValueError
 
@@ -64,7 +65,14 @@ def on_file(
             "backbone: expected its configuration, which an adapter with more than LoRA's factors needs to be exported, got "
             f"an error: {error}"
         ) from error
-    model = attach_adapter(empty, _without_start(config))
+    try:
+        model = attach_adapter(empty, _without_start(config))
+    except RuntimeError as error:
+        if not lacks_weights(error):
+            raise
+        model = attach_adapter(
+            load_backbone(backbone, revision=revision), config
+        )  # a few methods compute with the weights
     fits: Any = model.load_state_dict(_with_tied(model, saved), strict=False, assign=True)
     if fits.unexpected_keys:
         raise InvalidValueError(

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import grit_lightning
 from grit_lightning import GeometryConfig, GritLitModule
+from grit_lightning.callbacks import AdapterCheckpoint
 from grit_lightning.errors import InputError
 from grit_lightning.export.adapter import export_adapter
 from grit_lightning.optimizers import EigenbasisAdam
@@ -65,8 +65,7 @@ def _attempt(case: Case, models: TinyModels, folder: Path, geometry: GeometryCon
             run = Run(case, module)
             watching = [*settings.get("callbacks", ()), run]
             if case.resumes:
-                every_epoch = {"every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": True}
-                watching.append(ModelCheckpoint(folder, filename="{epoch}", **every_epoch))
+                watching.append(AdapterCheckpoint(folder, every_n_steps=1000, keep_last=10))  # and at an epoch's end
                 settings["enable_checkpointing"] = True
             try:
                 trainer = _trainer(folder, settings | {"callbacks": watching})
@@ -162,7 +161,7 @@ def _require_resuming(run: Run, models: TinyModels, folder: Path) -> None:
     again = _module(run.case, models, run.module.geometry_config)
     torch.manual_seed(7)
     trainer = _trainer(folder, run.case.trainer() | {"callbacks": []})
-    trainer.fit(again, run.case.loader(), loader(1), ckpt_path=folder / "epoch=0.ckpt", weights_only=True)
+    trainer.fit(again, run.case.loader(), loader(1), ckpt_path=next(folder.glob("epoch=0-*.ckpt")), weights_only=True)
     other = Run(run.case, again).trained()
     differ = [name for name, value in run.trained().items() if not torch.equal(value, other[name])]
     require(not differ, f"after resuming, {len(differ)} of {len(other)} tensors differ from those of one run")

@@ -21,7 +21,8 @@ VALUES = (
 
 
 def _adapter(value: bool | str) -> Callable[[], PeftConfig]:
-    return lambda: lora(init_lora_weights=value, target_modules=["q_proj", "v_proj"])
+    more = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if value == "loftq" else {}
+    return lambda: lora(init_lora_weights=value, target_modules=["q_proj", "v_proj"], **more)
 
 
 def _starts_elsewhere(run: Run) -> None:

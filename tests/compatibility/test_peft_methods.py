@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PveraConfig": RANK,
     "RandLoraConfig": RANK,
     "RoadConfig": LAYERS | {"group_size": 8},
-    "ShadowConfig": RANK,
+    "ShadowConfig": {"r": 4},
     "ShiraConfig": RANK,
     "SupertuningConfig": LAYERS | {"sparsity": 0.9},
     "TinyLoraConfig": {"target_modules": ["q_proj", "o_proj"], "r": 2},

@@ -206,9 +206,10 @@ SCHEDULES: list[Case] = [
     Case("CosineAnnealingWarmRestarts", model=_schedule(lr_scheduler.CosineAnnealingWarmRestarts, T_0=2)),
     Case(
         "ReduceLROnPlateau of Lightning's command line, with `monitor`",
-        trainer=lambda: {"max_epochs": 3},
+        trainer=lambda: {"max_epochs": 3, "max_steps": 6},
         model={"lr_scheduler": _Plateau},
         loader=lambda: loader(2),
+        steps=6,
         check=rate_was_reduced,
     ),
     Case("ReduceLROnPlateau of torch", model=_schedule(lr_scheduler.ReduceLROnPlateau)),
