@@ -97,6 +97,7 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
 
     Raises:
         FileNotFoundError: `source` does not exist, or is a folder without data files.
+        ValueError: A folder has a whole split twice, as in `train.jsonl` beside `train_old.jsonl`.
     """
     if not source.exists():
         raise MissingFileError(
@@ -115,7 +116,20 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen and split == "train" and len(files) == 1 and _split_of(files[0]) is None:
         chosen = files
+    if len(chosen) > 1:
+        _require_parts(chosen, split, source)
     return chosen
+
+
+def _require_parts(files: list[Path], split: str, source: Path) -> None:
+    """Refuse a file that is a whole split by its name beside others of the split, such as an older copy of it."""
+    whole = [file for file in files if file.name.lower().partition(".")[0] in SPLIT_NAMES[split]]
+    if whole and len({format_of(file) for file in files}) == 1:  # files of several types are refused when they are read
+        others = [str(file.relative_to(source)) for file in files if file != whole[0]]
+        raise InvalidValueError(
+            f"source: expected one file of the {split} split in {source}, or its numbered parts, got {whole[0].name} beside "
+            f"{others}. Take away the files that are not meant, or set source to the one that is."
+        )
 
 
 def read_local(source: Path, split: str, config: str | None = None) -> datasets.Dataset | None:

@@ -97,6 +97,16 @@ def test_what_begins_with_a_dot_or_an_underscore_is_no_data(tmp_path: Path, copy
         assert find_files(root, split) == [root / "data" / f"{split}.jsonl"]
 
 
+@pytest.mark.parametrize("other", ["train_old.jsonl", "train copy.jsonl", "train_socratic.jsonl", "backup/train.jsonl"])
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path, other: str) -> None:
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / other)
+    with pytest.raises(
+        ValueError, match=r"source: expected one file of the train split .*, got train\.jsonl beside \["
+    ):
+        find_files(tmp_path, "train")
+
+
 def test_the_configurations_subfolder_is_preferred(tmp_path: Path) -> None:
     write(tmp_path / "main" / "train.jsonl", ROWS[:1])
     write(tmp_path / "socratic" / "train.jsonl", ROWS)
