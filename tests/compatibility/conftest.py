@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.fabric.utilities import registry
 
 from . import page
@@ -32,6 +34,17 @@ def _no_time_lost() -> Iterator[None]:
         patch.setattr(registry, "entry_points", cache(entry_points), raising=False)
         patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before() -> Iterator[None]:
+    """Leave nothing of a distributed strategy behind: a process that is forked later would take itself for a member."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
