@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.errors import require
+from grit_lightning.geometry.optimizer_state import require_followable
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
@@ -116,6 +117,9 @@ class GeometryCallback(ScheduledCallback):
         events: File of decisions in the run's folder, if the callback takes any.
     """
 
+    changes_coordinates: ClassVar[bool] = False
+    """Whether the optimizer's state has to follow what it does to the factors."""
+
     @abstractmethod
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
         """Do what the callback is for; runs on every process, after the optimizer step."""
@@ -131,8 +135,12 @@ class GeometryCallback(ScheduledCallback):
 
         Raises:
             MisconfigurationException: If the module has no geometry.
+            ValueError: If the optimizer's state cannot follow what the callback does.
         """
         self.validate(self._geometry(pl_module))
+        if self.changes_coordinates:
+            for optimizer in trainer.optimizers:
+                require_followable(optimizer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
         self.validate_beside(
             [other for other in callbacks if isinstance(other, ScheduledCallback) and other is not self]

@@ -78,6 +78,8 @@ class RankAdaptation(GeometryCallback):
         ValueError: If an argument is out of range.
     """
 
+    changes_coordinates = True
+
     def __init__(
         self,
         rule: str = "energy",

@@ -67,6 +67,8 @@ class Reprojection(GeometryCallback):
         ValueError: If an argument is out of range.
     """
 
+    changes_coordinates = True
+
     def __init__(
         self,
         mode: str = "one_sided",

@@ -8,7 +8,12 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.utilities import rank_zero_warn
@@ -117,6 +122,20 @@ def _require_planned_steps(trainer: pl.Trainer) -> int:
             "set model.lr_scheduler to null for a constant rate or to a scheduler that needs no number of steps."
         )
     return steps
+
+
+def require_rate_is_kept(trainer: pl.Trainer) -> None:
+    """Refuse a search for the learning rate that wants to set it: the optimizer's constructor alone does.
+
+    Raises:
+        MisconfigurationException: If `LearningRateFinder`, which `Tuner.lr_find` uses too, updates the rate.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # as above
+        if isinstance(callback, LearningRateFinder) and getattr(callback, "_update_attr", False):
+            raise MisconfigurationException(
+                "LearningRateFinder.update_attr: expected False, since the learning rate belongs to model.optimizer, got True. "
+                "Set it to False, also in Tuner.lr_find, and give model.optimizer the rate that suggestion() returns."
+            )
 
 
 def require_usable(trainer: pl.Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from peft import get_peft_model
@@ -128,3 +129,23 @@ def test_a_compiled_model_sends_the_same_statistics(
     model.get_base_model().model.layers[0].compile(backend=backend)  # a block at a time, as is usual for large models
     assert_agrees(measure(model, batches), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # broken at the hooks, which run eagerly
+
+
+def test_a_compiled_module_is_not_compiled_anew_at_every_step(make_module: Any, random_batch: Any, fit: Any) -> None:
+    """The geometry counts micro-batches, and what torch compiles must not depend on the count."""
+
+    class Frames(pl.Callback):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.counts.append(torch._dynamo.utils.counters["frames"]["total"])
+
+    frames, batches = Frames(), [random_batch(seed=seed) for seed in range(5)]
+    torch._dynamo.reset()
+    try:
+        fit(torch.compile(make_module(), backend="eager"), batches, callbacks=[frames])
+    finally:
+        torch._dynamo.reset()
+    assert frames.counts[0] > 0
+    assert frames.counts[2:] == [frames.counts[2]] * 3
