@@ -242,6 +242,7 @@ class GritLitModule(pl.LightningModule):
         optimizer = build_optimizer(
             self.optimizer_factory, [p for p in self.parameters() if p.requires_grad], self.geometry
         )
+        optimizer.register_step_post_hook(self._after_step)
         if self.allocation is not None:
             optimizer.register_step_post_hook(self.allocation.after_step)
         if self.scheduler_factory is None:
@@ -352,9 +353,8 @@ class GritLitModule(pl.LightningModule):
             if isinstance(optimizer, AveragesWeights):
                 optimizer.train()
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *closure: Any, **named: Any) -> None:
-        """Take the step, within the ranks; then go to the average, if the optimizer averages weights."""
-        super().optimizer_step(epoch, batch_idx, optimizer, *closure, **named)
+    def _after_step(self, *_: Any) -> None:
+        """Go to the average, if the optimizer averages weights, and stay within the ranks."""
         self._go_to_average()
         if self.geometry is not None:
             self.geometry.hold_ranks()
@@ -380,10 +380,12 @@ class GritLitModule(pl.LightningModule):
         size, step = self.trainer.accumulate_grad_batches, self.trainer.global_step
         loss_sums, finite = self.window.close(gradients, size, step=step, scaled=self._scaler is not None)
         self._log_loss(loss_sums)
+        if not finite:  # the scaler will skip this step, and with it what comes after
+            self._go_to_average()
         if self.geometry is None:
             return
         if not finite:
-            self.geometry.discard_window()  # the scaler will skip this step
+            self.geometry.discard_window()
             return
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 

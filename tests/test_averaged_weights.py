@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -141,6 +142,14 @@ def test_the_middle_of_a_window_is_validated_at_the_average(run: Any, tmp_path: 
     for name, value in watch.validated[0].items():
         torch.testing.assert_close(value, after_a_step[name], rtol=0, atol=1e-7)
     assert not all(torch.allclose(after_a_step[name], in_a_window[name], rtol=0, atol=1e-5) for name in after_a_step)
+
+
+def test_a_step_that_a_scaler_skips_leaves_the_average_in_place(run: Any, tmp_path: Path) -> None:
+    """Its scale overflows until it has been halved a few times."""
+    watch, scaler = _Watch(tmp_path), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    _, trainer = run(callbacks=[watch], plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert scaler.get_scale() < 2.0**127
+    assert not trainer.optimizers[0].param_groups[0]["train_mode"]
 
 
 def test_a_resumed_run_has_the_same_bits(run: Any, tmp_path: Path) -> None:

@@ -342,3 +342,24 @@ def test_an_optimizer_that_cannot_follow_a_reprojection_is_refused_before_the_fi
     assert steps.rates == []
     fit(make_module(optimizer=torch.optim.LBFGS), callbacks=[SpectraLogger(), steps])  # which only looks
     assert len(steps.rates) > 0
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adamax])
+def test_an_optimizer_that_would_divide_by_zero_in_float16_is_refused(
+    make_module: Any, fit: Any, kind: type[torch.optim.Optimizer]
+) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=rf"model\.optimizer: .*eps.* {kind.__name__} .*model\.dtype to"
+    ):
+        fit(make_module(optimizer=kind), precision="16-true")
+
+
+@pytest.mark.filterwarnings("ignore:trainer.precision")
+@pytest.mark.parametrize(
+    "optimizer", [EigenbasisAdam, torch.optim.SGD, lambda parameters: torch.optim.AdamW(parameters, eps=1e-4)]
+)
+def test_an_optimizer_that_can_divide_in_float16_trains(make_module: Any, fit: Any, optimizer: Any) -> None:
+    assert fit(make_module(optimizer=optimizer), precision="16-true").global_step == 6

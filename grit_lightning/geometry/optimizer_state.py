@@ -70,7 +70,7 @@ def require_followable(optimizer: Optimizer) -> None:
     Raises:
         ValueError: For LBFGS, and for optimizers that estimate the distance from the start (Prodigy, D-Adaptation).
     """
-    estimates_distance = any("d" in settings for settings in optimizer.param_groups)
+    estimates_distance = any({"d", "k"} <= settings.keys() for settings in optimizer.param_groups)  # distance and steps
     if estimates_distance or isinstance(optimizer, torch.optim.LBFGS):
         what = "the distance from the start" if estimates_distance else "gradients of all parameters in one vector"
         raise InvalidValueError(

@@ -14,13 +14,19 @@ class _Distance(torch.optim.SGD):
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__(parameters)
-        self.param_groups[0]["d"] = 1e-6
+        self.param_groups[0] |= {"d": 1e-6, "k": 0}
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, _Distance])
 def test_state_that_cannot_follow_is_refused(kind: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(ValueError, match=rf"model\.optimizer: expected .* got {kind.__name__}.*Reprojection"):
         require_followable(kind([nn.Parameter(torch.ones(2))]))
+
+
+def test_state_that_can_follow_or_begin_anew_is_not_refused() -> None:
+    """Among them Adafactor, whose d is the length that updates are cut to."""
+    for name in ("AdamW", "SGD", "Adafactor", "Muon", "Rprop"):
+        require_followable(getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))]))
 
 
 def test_optimizers_of_torch_average_no_weights() -> None:
