@@ -104,14 +104,31 @@ def assert_carried(optimizer: Optimizer, group: RankGroup, maps: ReprojectionMap
                 assert bool((found[p][want == 0] == 0).all())  # beyond the rank nothing pushes
 
 
+class _ScheduleFree(torch.optim.SGD):
+    """Keeps z, and says that it averages weights by methods that switch to the average and back."""
+
+    def train(self) -> None:
+        raise NotImplementedError
+
+    def eval(self) -> None:
+        raise NotImplementedError
+
+    def step(self, closure: Any = None) -> Any:
+        for settings in self.param_groups:
+            for p in settings["params"]:
+                self.state[p]["z"] = p.detach() + 1.0
+        return super().step(closure)
+
+
 @pytest.mark.parametrize(
     ("make", "kinds"),
     [
         (lambda p: torch.optim.AdamW(p, amsgrad=True), {"exp_avg": "first", "max_exp_avg_sq": "second"}),
         (lambda p: torch.optim.RMSprop(p, centered=True), {"grad_avg": "first", "square_avg": "second"}),
         (lambda p: torch.optim.ASGD(p, t0=0), {"ax": "weights"}),
+        (_ScheduleFree, {"z": "weights"}),
     ],
-    ids=["AdamW", "RMSprop", "ASGD"],
+    ids=["AdamW", "RMSprop", "ASGD", "schedule-free"],
 )
 def test_state_follows_by_its_meaning(
     group: RankGroup, maps: ReprojectionMaps, make: Callable[..., Optimizer], kinds: dict[str, str]
