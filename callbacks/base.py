@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.errors import require
+from grit_lightning.geometry.optimizer_state import require_followable
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
@@ -120,6 +121,7 @@ class GeometryCallback(ScheduledCallback):
     """
 
     changes_coordinates: ClassVar[bool] = False
+    """Whether the optimizer's state has to follow what it does to the factors."""
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
@@ -137,10 +139,14 @@ class GeometryCallback(ScheduledCallback):
         Raises:
             MisconfigurationException: If the module has no geometry, or the weights are averaged while this callback
                 changes their coordinates.
+            ValueError: If the optimizer's state cannot follow what the callback does.
         """
         if self.changes_coordinates:
             self._require_no_average(trainer)
         self.validate(self._geometry(pl_module))
+        if self.changes_coordinates:
+            for optimizer in trainer.optimizers:
+                require_followable(optimizer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
         self.validate_beside(
             [other for other in callbacks if isinstance(other, ScheduledCallback) and other is not self]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, get_peft_config
 from torch import Tensor
@@ -43,11 +44,13 @@ from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvalu
 from grit_lightning.evaluation.generation import GenerationSettings
 from grit_lightning.geometry.audibility import probe_token_ids, settle_layers
 from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.optimizer_state import AveragesWeights
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.optimization import (
     build_optimizer,
     build_schedule,
+    require_rate_is_kept,
     require_usable,
     require_usable_callbacks,
     steps_of_the_run,
@@ -158,13 +161,15 @@ class GritLitModule(pl.LightningModule):
         Of all hooks, Lightning calls this one first, when the data module is known and before any data is prepared.
 
         Raises:
-            MisconfigurationException: If the strategy would split the adapter, or a callback needs another model.
+            MisconfigurationException: If the strategy would split the adapter, a callback needs another model, or a search
+                would set the learning rate.
             ValueError: If the backbone is no causal language model, the adapter does not fit it, or the data module's sequences
                 or tokens do not.
         """
         self._forget_shapes()
         require_supported(self.trainer.strategy)
         require_usable_callbacks(self.trainer)
+        require_rate_is_kept(self.trainer)
         uses = {
             "geometry": self.geometry_config is not None,
             "generation": self.answer_evaluations.settings is not None,
@@ -198,6 +203,8 @@ class GritLitModule(pl.LightningModule):
         load = empty_backbone if shapes_only else load_backbone if sharding is None else sharding.load_backbone
         with torch.device("meta") if shapes_only else nullcontext():
             self._build(load(**self.backbone_options), sharding)
+        if not shapes_only and self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does it too, but only after a checkpoint has been loaded into float32
 
     def _build(self, backbone: PreTrainedModel, sharding: WholeAdapterStrategy | None) -> None:
         fingerprint = backbone_fingerprint(backbone)  # now: an adapter may start by moving the backbone's weights
@@ -238,6 +245,7 @@ class GritLitModule(pl.LightningModule):
         optimizer = build_optimizer(
             self.optimizer_factory, [p for p in self.parameters() if p.requires_grad], self.geometry
         )
+        optimizer.register_step_post_hook(self._after_step)
         if self.allocation is not None:
             optimizer.register_step_post_hook(self.allocation.after_step)
         if self.scheduler_factory is None:
@@ -339,6 +347,30 @@ class GritLitModule(pl.LightningModule):
         if self.geometry is not None:
             self.geometry.finish_micro_batch()
 
+    # An optimizer that averages weights, such as schedule-free ones, is at its average everywhere but within a window, so that
+    # callbacks, validation and checkpoints all see the same weights, and whether they look changes no bit of the training.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go where the optimizer takes its gradients, if it averages weights."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, AveragesWeights):
+                optimizer.train()
+
+    def _after_step(self, *_: Any) -> None:
+        """Go to the average, if the optimizer averages weights, and stay within the ranks."""
+        self._go_to_average()
+        if self.geometry is not None:
+            self.geometry.hold_ranks()
+
+    def on_validation_start(self) -> None:
+        """Validate the average, also in the middle of a window."""
+        self._go_to_average()
+
+    def _go_to_average(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, AveragesWeights):
+                optimizer.eval()
+
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Precondition the accumulated gradients, which all processes now share, before they are clipped.
@@ -351,10 +383,12 @@ class GritLitModule(pl.LightningModule):
         size, step = self.trainer.accumulate_grad_batches, self.trainer.global_step
         loss_sums, finite = self.window.close(gradients, size, step=step, scaled=self._scaler is not None)
         self._log_loss(loss_sums)
+        if not finite:  # the scaler will skip this step, and with it what comes after
+            self._go_to_average()
         if self.geometry is None:
             return
         if not finite:
-            self.geometry.discard_window()  # the scaler will skip this step
+            self.geometry.discard_window()
             return
         self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
 

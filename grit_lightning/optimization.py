@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -124,13 +126,28 @@ def _require_planned_steps(trainer: pl.Trainer) -> int:
     return steps
 
 
+def require_rate_is_kept(trainer: pl.Trainer) -> None:
+    """Refuse a search for the learning rate that wants to set it: the optimizer's constructor alone does.
+
+    Raises:
+        MisconfigurationException: If `LearningRateFinder`, which `Tuner.lr_find` uses too, updates the rate.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # as above
+        if isinstance(callback, LearningRateFinder) and getattr(callback, "_update_attr", False):
+            raise MisconfigurationException(
+                "LearningRateFinder.update_attr: expected False, since the learning rate belongs to model.optimizer, got True. "
+                "Set it to False, also in Tuner.lr_find, and give model.optimizer the rate that suggestion() returns."
+            )
+
+
 def require_usable(trainer: pl.Trainer) -> None:
     """Refuse optimizers whose work would come at the wrong time.
 
     Raises:
         MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner would
-            see scaled ones.
+            see scaled ones, or if it divides by moments that float16 rounds to zero.
     """
+    _require_divisible(trainer.optimizers)
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         for optimizer in trainer.optimizers or []:
             if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -163,6 +180,19 @@ def require_usable_callbacks(trainer: pl.Trainer) -> None:
                 "trainer.callbacks: expected one that finds the weights that are trained, got ModelPruning, which looks for "
                 "them before the model is built. Remove it; RankAdaptation makes the adapter smaller."
             )
+
+
+def _require_divisible(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers of torch that keep moments in float16 with an `eps` that is zero there: they would divide 0 by 0."""
+    for optimizer in optimizers:
+        for settings in optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim") else []:
+            eps, half = settings.get("eps"), any(p.dtype == torch.float16 for p in settings["params"])
+            if half and isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+                raise MisconfigurationException(
+                    f"model.optimizer: expected an eps that is more than zero in float16, got {type(optimizer).__name__} with "
+                    f"eps={eps:g}, which is not and lets it divide 0 by 0. To train the adapter in float32, set model.dtype to "
+                    "float16 and trainer.precision to 32-true; or set eps to 1e-4."
+                )
 
 
 def warn_of_settings(trainer: pl.Trainer, config: GeometryConfig | None) -> None:

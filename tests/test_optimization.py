@@ -14,16 +14,19 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from grit_lightning import GeometryConfig, GritLitModule
+from grit_lightning.callbacks import Reprojection, SpectraLogger
 from grit_lightning.optimization import planned_steps
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
@@ -292,3 +295,71 @@ def test_a_warning_names_what_reads_the_setting(make_module: Callable[..., Any],
         UserWarning, match=r"kfac_damping: .* got 0\.5\. It acts with .*torch\.optim\.AdamW or NaturalAdam"
     ):
         fit(make_module(geometry=geometry))
+
+
+# Searches before a run.
+
+
+SETS_THE_RATE = r"update_attr: expected False.*model\.optimizer"
+
+
+def test_a_search_that_would_set_the_rate_is_refused(make_module: Any, fit: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=SETS_THE_RATE):
+        fit(make_module(), callbacks=[LearningRateFinder()])
+
+
+def test_a_tuner_that_would_set_the_rate_is_refused(make_module: Any, batches: Batches, tmp_path: Path) -> None:
+    data, quiet = DataLoader(batches, batch_size=None), {"logger": False, "enable_checkpointing": False}
+    tuner = Tuner(pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet))
+    with pytest.raises(MisconfigurationException, match=SETS_THE_RATE):
+        tuner.lr_find(make_module(), data, data)
+
+
+def test_a_search_that_sets_nothing_leaves_no_trace(make_module: Any, fit: Any) -> None:
+    """Neither in the statistics nor in the weights, whether its last window was full or not."""
+    plain, searched = (make_module(optimizer=EigenbasisAdam) for _ in range(2))
+    torch.manual_seed(0)
+    fit(plain, accumulate_grad_batches=2)
+    torch.manual_seed(0)
+    finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+    fit(searched, callbacks=[finder], accumulate_grad_batches=2)
+    assert finder.optimal_lr is not None
+    assert len(finder.optimal_lr.results["loss"]) > 0
+    assert all(map(torch.equal, plain.state_dict().values(), searched.state_dict().values()))
+    for name, view in plain.geometry.layers.items():
+        other = searched.geometry.layers[name]
+        assert (view.n_samples, view.counters) == (other.n_samples, other.counters)
+        assert torch.equal(view.a_cov, other.a_cov)
+        assert torch.equal(view.g_cov, other.g_cov)
+
+
+def test_an_optimizer_that_cannot_follow_a_reprojection_is_refused_before_the_first_step(
+    make_module: Any, fit: Any
+) -> None:
+    steps = Steps()
+    with pytest.raises(ValueError, match=r"model\.optimizer: expected .* LBFGS"):
+        fit(make_module(optimizer=torch.optim.LBFGS), callbacks=[Reprojection(every_n_steps=2), steps])
+    assert steps.rates == []
+    fit(make_module(optimizer=torch.optim.LBFGS), callbacks=[SpectraLogger(), steps])  # which only looks
+    assert len(steps.rates) > 0
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adamax])
+def test_an_optimizer_that_would_divide_by_zero_in_float16_is_refused(
+    make_module: Any, fit: Any, kind: type[torch.optim.Optimizer]
+) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=rf"model\.optimizer: .*eps.* {kind.__name__} .*model\.dtype to"
+    ):
+        fit(make_module(optimizer=kind), precision="16-true")
+
+
+@pytest.mark.filterwarnings("ignore:trainer.precision")
+@pytest.mark.parametrize(
+    "optimizer", [EigenbasisAdam, torch.optim.SGD, lambda parameters: torch.optim.AdamW(parameters, eps=1e-4)]
+)
+def test_an_optimizer_that_can_divide_in_float16_trains(make_module: Any, fit: Any, optimizer: Any) -> None:
+    assert fit(make_module(optimizer=optimizer), precision="16-true").global_step == 6

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
+from grit_lightning.callbacks import RankAdaptation
 from grit_lightning.functional import maps_rule
 from grit_lightning.optimizers import EigenbasisAdam, GeometryAdam, NaturalAdam
 
@@ -286,3 +290,28 @@ def test_a_balanced_reprojection_at_full_rank_changes_neither_the_loss_nor_the_n
         functions[reproject].append(torch.tensor(losses))
     for plain, moved in zip(functions[False], functions[True], strict=True):
         torch.testing.assert_close(moved, plain, rtol=2e-3, atol=2e-4 * float(plain.abs().max()))
+
+
+def test_the_rank_holds_though_packed_moments_push_without_a_gradient(
+    make_tiny_llama: Any, lora_config: Any, random_batch: Any, tmp_path: Path
+) -> None:
+    """Zero is no byte of its own in the 8-bit state that bitsandbytes keeps on CPUs."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    module = GritLitModule(
+        make_tiny_llama(num_hidden_layers=1),
+        lora_config(),
+        GeometryConfig(kfac_update_freq=1, kfac_min_samples=1),
+        optimizer=lambda parameters: optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=16),
+        lr_scheduler=None,
+    )
+    cut = RankAdaptation(every_n_steps=1, min_rank=1, threshold=0.3, stop_step=1)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, callbacks=[cut], **quiet)
+    batches = DataLoader([random_batch(seed=seed) for seed in range(6)], batch_size=None)
+    trainer.fit(module, batches, batches)
+    assert module.geometry is not None
+    (group,) = module.geometry.groups
+    assert int(group.ranks.max()) < group.r
+    for b, rank in zip(group.factors("b"), group.ranks.tolist(), strict=True):
+        assert bool(b[:, :rank].any())
+        assert not bool(b[:, rank:].any())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from typing import Protocol, runtime_checkable
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
-from grit_lightning.geometry.rank_group import RankGroup, ReadTensor, UpdatePair
-
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "mu"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+from grit_lightning.geometry.optimizer_state import Kind, parts_of
+from grit_lightning.geometry.rank_group import RankGroup, UpdatePair
 
 
 @runtime_checkable
@@ -40,53 +39,56 @@ def carry_optimizer_state(optimizer: Optimizer, group: RankGroup, maps: F.Reproj
 
 @torch.no_grad()
 def carry_moments(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
-    """Carry moments that are kept in the coordinates of the factors, in place, as `functional.carry` derives.
+    """Carry what is kept in the coordinates of the factors, in place, as `functional.carry` derives.
 
     First moments are carried exactly (they are linear in the gradients), second moments by the squared maps, which
-    ignores covariances between gradient entries. State of the parameter's shape that is neither is set to zero, with a
-    warning, since keeping it would apply old coordinates to new ones.
+    ignores covariances between gradient entries, and averages of weights like the weights. An optimizer that keeps anything
+    else of a factor begins anew with it, with a warning: a part of its state would not fit the others.
 
     Args:
         optimizer: Any torch optimizer over the adapter's parameters.
         group: Layers that were reprojected.
         maps: Their maps `[L, r, r]`.
     """
-    names = {
-        name
-        for factor in (*group.factors("a"), *group.factors("b"))
-        for name, value in optimizer.state.get(factor, {}).items()
-        if torch.is_tensor(value) and value.shape == factor.shape
-    }
-    unknown = sorted(names - FIRST_MOMENTS - SECOND_MOMENTS)
-    if unknown:
-        warnings.warn(
-            f"{type(optimizer).__name__} keeps state {unknown} whose behaviour under a change of basis is unknown; it "
-            "restarts from zero at every reprojection.",
-            stacklevel=2,
+    factors = [*group.factors("a"), *group.factors("b")]
+    found = [parts_of(optimizer, factor) for factor in factors]
+    if unknown := sorted({name for _, names in found for name in names}):
+        _begin_anew(optimizer, group, maps)
+        rank_zero_warn(
+            f"{type(optimizer).__name__} keeps state {unknown} whose behaviour under a change of basis is unknown; it begins "
+            "anew, as before its first step, with every layer that is reprojected."
         )
-    for name in sorted(names):
-        group.update_pairs(_reader(optimizer, name), _carrier(name, group, maps))
+        return
+    tensors: dict[tuple[str, Kind], dict[Tensor, Tensor]] = defaultdict(dict)
+    for factor, (parts, _) in zip(factors, found, strict=True):
+        for part in parts:
+            tensors[part.name, part.kind][factor] = part.value
+    for (_, kind), values in sorted(tensors.items(), key=lambda item: item[0][0]):
+        group.update_pairs(values.get, _carrier(kind, group, maps))
+    for parts, _ in found:
+        for part in parts:
+            part.keep()
 
 
-def _reader(optimizer: Optimizer, name: str) -> ReadTensor:
-    def read(factor: Tensor) -> Tensor | None:
-        value = optimizer.state.get(factor, {}).get(name)
-        return value if torch.is_tensor(value) and value.shape == factor.shape else None
+def _begin_anew(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMaps) -> None:
+    """Forget the state of the factors whose coordinates have changed; optimizers make it where there is none."""
+    identity = torch.eye(group.r, device=maps.a_map.device)
+    changed = ((maps.a_map != identity) | (maps.b_map != identity)).flatten(1).any(1).tolist()
+    for side in ("a", "b"):
+        for factor, has in zip(group.factors(side), changed, strict=True):
+            if has:
+                optimizer.state.pop(factor, None)
 
-    return read
 
-
-def _carrier(name: str, group: RankGroup, maps: F.ReprojectionMaps) -> UpdatePair:
-    kept, preconditioned = group.kept.float(), group.last_step_preconditioned
+def _carrier(kind: Kind, group: RankGroup, maps: F.ReprojectionMaps) -> UpdatePair:
+    weights, kept = kind is Kind.WEIGHTS, group.kept.float()
+    carry = F.carry_second_moment if kind is Kind.SECOND_MOMENT else F.carry_first_moment
 
     def update(of_a: Tensor | None, of_b: Tensor | None, layers: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if name not in FIRST_MOMENTS | SECOND_MOMENTS:
-            return (None if of_a is None else torch.zeros_like(of_a), None if of_b is None else torch.zeros_like(of_b))
-        carry = F.carry_first_moment if name in FIRST_MOMENTS else F.carry_second_moment
         here = F.ReprojectionMaps(maps.a_map[layers], maps.b_map[layers])
-        new_a, new_b = carry(of_a, of_b, here, preconditioned=preconditioned)
-        return (
-            None if new_a is None else new_a * kept[layers].unsqueeze(-1),
+        new_a, new_b = carry(of_a, of_b, here, preconditioned=weights or group.last_step_preconditioned)
+        return (  # A keeps its rows beyond the rank, so an average of it does
+            new_a if new_a is None or weights else new_a * kept[layers].unsqueeze(-1),
             None if new_b is None else new_b * kept[layers].unsqueeze(-2),
         )
 

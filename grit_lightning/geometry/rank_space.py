@@ -27,6 +27,7 @@ from grit_lightning.geometry.capture import RankSpaceCapture
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.coordinates import CoordinateChange
 from grit_lightning.geometry.derived import Derived
+from grit_lightning.geometry.optimizer_state import require_followable
 from grit_lightning.geometry.preconditioner import Preconditioner
 from grit_lightning.geometry.rank_group import RankGroup, group_by_rank
 from grit_lightning.geometry.sites import LoraSite, count_trainable, find_lora_sites, used_ranks
@@ -166,6 +167,7 @@ class RankSpaceGeometry:
         for group in self.groups:
             group.to(device)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a count that changes would be compiled anew at every step
     def start_micro_batch(
         self, token_mask: Tensor, gradient_scale: Tensor | float, loss_scale: Tensor | float | None = None
     ) -> None:
@@ -326,7 +328,7 @@ class RankSpaceGeometry:
             optimizer: Its moments of A and B are carried along.
 
         Raises:
-            ValueError: If a rank is not in 1 … r.
+            ValueError: If a rank is not in 1 … r, or the optimizer cannot follow, see `require_followable`.
         """
         self._change_coordinates(maps, ranks or {}, blend, optimizer)
         self.reprojection_count += 1
@@ -353,10 +355,22 @@ class RankSpaceGeometry:
             optimizer: Its moments of A and B are carried along.
 
         Raises:
-            ValueError: If a rank is not in 1 … r.
+            ValueError: If a rank is not in 1 … r, or the optimizer cannot follow, see `require_followable`.
         """
         if masked_coordinate or any(self.layers[name].rank != rank for name, rank in ranks.items()):
             self._change_coordinates(maps, ranks, 1.0, optimizer, masked_coordinate or {}, only_where_needed=True)
+
+    @torch.no_grad()
+    def hold_ranks(self) -> None:
+        """Keep B zero beyond the ranks after a step of an optimizer that moves it without a gradient, as 8-bit ones may."""
+        beyond = [
+            b[:, rank:]
+            for group in self.groups
+            for b, rank in zip(group.factors("b"), group.ranks.tolist(), strict=True)
+            if rank < group.r
+        ]
+        if beyond:
+            torch._foreach_zero_(beyond)
 
     def has_enough_samples(self, group: RankGroup) -> Tensor:
         """Layers `[L]` bool of a group with enough samples for decisions (`kfac_min_samples`)."""
@@ -372,6 +386,8 @@ class RankSpaceGeometry:
         *,
         only_where_needed: bool = False,
     ) -> None:
+        if optimizer is not None:
+            require_followable(optimizer)
         with self.stopwatch("reprojection"):
             self.reduce()
             for group in self.groups:

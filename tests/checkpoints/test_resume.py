@@ -15,8 +15,9 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from grit_lightning import GritLitModule
 from grit_lightning.checkpoints.random_state import random_state, restore_random_state
 from grit_lightning.datamodules.pipeline.resumable import ResumableLoader, ResumableSampler
 
@@ -107,3 +108,28 @@ def test_a_loader_goes_on_with_the_next_batch(workers: int) -> None:
     finished = loader()
     finished.load_state_dict(whole.state_dict())  # of a finished epoch: the next one begins at its start
     assert len(batches(finished, 2)) == 6
+
+
+def test_a_checkpoint_keeps_its_precision_on_the_way_back(
+    make_tiny_llama: Any, lora_config: Any, random_batch: Any, tmp_path: Path
+) -> None:
+    """Lightning loads it before it makes the model float64."""
+
+    def fit(ckpt_path: Path | None = None, epochs: int = 2) -> GritLitModule:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(
+            accelerator="cpu", precision="64-true", max_epochs=epochs, default_root_dir=tmp_path, **quiet
+        )
+        torch.manual_seed(0)
+        module = GritLitModule(make_tiny_llama(num_hidden_layers=1), lora_config(), lr_scheduler=None)
+        batches = DataLoader([random_batch(length=8)] * 2, batch_size=None)
+        trainer.fit(module, batches, batches, ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    whole = fit()
+    fit(epochs=1)
+    resumed = fit(tmp_path / "1.ckpt")
+    for name, value in whole.state_dict().items():
+        assert value.dtype == torch.float64
+        assert torch.equal(value, resumed.state_dict()[name])
