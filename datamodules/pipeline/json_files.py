@@ -119,12 +119,14 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"expected each name once in an object, got {twice} twice")
+        raise InvalidValueError(f"expected each name once in an object, got {twice} twice")
     return found
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"expected valid JSON, got {name}, which is neither a text nor a JSON number; null is no value")
+    raise InvalidValueError(
+        f"expected valid JSON, got {name}, which is neither a text nor a JSON number; null is no value"
+    )
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_Number, parse_float=_Number, parse_constant=_constant)

@@ -36,9 +36,13 @@ class UnusableColumnError(InvalidValueError):
     """
 
     def __init__(self, column: str, problem: str) -> None:
-        """Say so."""
-        super().__init__(f"column {column!r}: {problem}")
+        """Keep both."""
+        super().__init__(column, problem)
         self.column, self.problem = column, problem
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return f"column {self.column!r}: {self.problem}"
 
 
 def as_text(value: Any, column: str) -> str:

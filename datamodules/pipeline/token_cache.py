@@ -55,7 +55,7 @@ def read_or_make(
             make(file)
     except OSError as error:
         raise FileAccessError(
-            f"{setting}: expected a folder that token ids can be written to, got {folder}: {error}. Set it to another."
+            f"{setting}: expected a folder that can be written to, got {folder}: {error}. Set it to another."
         ) from error
     return datasets.Dataset.from_file(str(file))
 

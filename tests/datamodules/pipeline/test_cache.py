@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_setting(
     cases: dict[str, TaskCase], make: Make, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cache_dir: expected a folder that token ids can be written to, got .*file: "):
+    with pytest.raises(OSError, match=r"cache_dir: expected a folder that can be written to, got .*file: "):
         make(cases["boolq"], cache_dir=str(tmp_path / "file")).setup("fit")
 
 
