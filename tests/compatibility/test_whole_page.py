@@ -69,33 +69,6 @@ KNOWN_FAULTS: dict[str, set[str]] = {
         "`corda`",
         "`lora_ga`",
     },
-    "Optimizers": {
-        "schedulefree.AdamWScheduleFree",
-        "schedulefree.SGDScheduleFree",
-    },
-    "Optimizers under reprojection": {
-        "torch.optim.Adafactor",
-        "torch.optim.LBFGS",
-        "bitsandbytes.optim.AdamW8bit",
-        "bitsandbytes.optim.AdEMAMix8bit",
-        "bitsandbytes.optim.Lion8bit",
-        "bitsandbytes.optim.LAMB8bit",
-        "bitsandbytes.optim.SGD8bit",
-        "transformers.optimization.Adafactor",
-        "schedulefree.AdamWScheduleFree",
-        "schedulefree.SGDScheduleFree",
-        "prodigyopt.Prodigy",
-    },
-    "Precisions": {
-        "64-true",
-        "bf16-true",
-        "16-true",
-        "`quantization: nf4`, bf16-true",
-    },
-    "Finding learning rates and batch sizes": {
-        "`Tuner.lr_find`",
-        "`LearningRateFinder`",
-    },
     "Averaged weights": {
         "`StochasticWeightAveraging`",
         "`EMAWeightAveraging`",
@@ -107,7 +80,6 @@ KNOWN_FAULTS: dict[str, set[str]] = {
         "cosine, `GradientAccumulationScheduler`",
     },
     "Trainer and model settings": {
-        "`torch.compile`",
         "resumed at the end of an epoch, `max_steps` and `max_epochs`",
         "`attn_implementation: flash_attention_2`",
     },
