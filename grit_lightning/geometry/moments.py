@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from grit_lightning import functional as F
-from grit_lightning.geometry.optimizer_state import Kind, parts_of
+from grit_lightning.geometry.optimizer_state import Kind, kept_elsewhere, parts_of
 from grit_lightning.geometry.rank_group import RankGroup, UpdatePair
 
 
@@ -52,8 +52,11 @@ def carry_moments(optimizer: Optimizer, group: RankGroup, maps: F.ReprojectionMa
     """
     factors = [*group.factors("a"), *group.factors("b")]
     found = [parts_of(optimizer, factor) for factor in factors]
-    if unknown := sorted({name for _, names in found for name in names}):
+    elsewhere = kept_elsewhere(optimizer)
+    if unknown := sorted({*(name for _, names in found for name in names), *map(str, elsewhere)}):
         _begin_anew(optimizer, group, maps)
+        for key in elsewhere:
+            del optimizer.state[key]
         rank_zero_warn(
             f"{type(optimizer).__name__} keeps state {unknown} whose behaviour under a change of basis is unknown; it begins "
             "anew, as before its first step, with every layer that is reprojected."

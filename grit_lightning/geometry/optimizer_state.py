@@ -99,6 +99,12 @@ def parts_of(optimizer: Optimizer, factor: Tensor) -> tuple[list[Part], list[str
     return parts, unknown
 
 
+def kept_elsewhere(optimizer: Optimizer) -> list[Any]:
+    """Return keys of state that belongs to no parameter, as far as anybody can tell: PEFT's LoRA-FA keeps it by names."""
+    states: Mapping[Any, Any] = optimizer.state
+    return [key for key, state in states.items() if not torch.is_tensor(key) and _has_coordinates(state)]
+
+
 def _bitsandbytes_parts(optimizer: Any, state: Mapping[str, Any], factor: Tensor) -> Iterator[Part]:
     """Return first and second moments, those of 8 bit as numbers."""
     for number, kind in enumerate(BITSANDBYTES[optimizer.optimizer_name], start=1):

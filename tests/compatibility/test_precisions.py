@@ -54,6 +54,7 @@ def _case(name: str, trainer: Callable[[], dict[str, Any]], model: dict[str, Any
 
 CASES = [
     *(_case(name, lambda name=name: {"precision": name}, {}) for name in PRECISIONS),
+    _case("16-true, torch.optim.AdamW", lambda: {"precision": "16-true"}, {"optimizer": torch.optim.AdamW}),
     *(
         _case(f"16-mixed with a gradient scaler, {name}", _scaling, {"optimizer": partial(optimizer, lr=LEARNING_RATE)})
         for name, optimizer in SCALED.items()

@@ -218,3 +218,19 @@ def test_state_inside_lists_is_not_overlooked(group: RankGroup, maps: Reprojecti
     with pytest.warns(UserWarning, match="preconditioners"):
         carry_moments(optimizer, group, maps)
     assert group.factors("a")[1] not in optimizer.state
+
+
+class _ByName(torch.optim.SGD):
+    """Keeps momenta under the names of layers, as PEFT's LoRA-FA does."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["layers.0.lora"]["exp_avg_B"] = torch.ones(2, 2)
+        return super().step(closure)
+
+
+def test_state_that_is_kept_by_names_is_not_overlooked(group: RankGroup, maps: ReprojectionMaps) -> None:
+    optimizer = _ByName(factors(group))
+    take_step(optimizer, factors(group))
+    with pytest.warns(UserWarning, match=r"layers\.0\.lora"):
+        carry_moments(optimizer, group, maps)
+    assert not optimizer.state
