@@ -74,14 +74,21 @@ def ended_by_signals() -> Iterator[None]:
         restore(before)
 
 
+WORKERS_PATIENCE = 10
+"""Seconds that a data-loader worker goes on for after SIGTERM: the step under way needs the batches that it has begun."""
+
+
 def ignore_signals(worker: int = 0) -> None:
     """Leave it to the main process to end a data-loader worker; a `worker_init_fn`.
 
     A terminal and SLURM signal all processes. A worker that ended at once would leave the main process without its next batch.
+    SIGTERM ends it a little later, because the main process, too, ends a worker by it that does not listen any more.
     """
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    names = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     for signum in (getattr(signal, name) for name in names if hasattr(signal, name)):
         signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_PATIENCE))
 
 
 def tell(text: str) -> None:

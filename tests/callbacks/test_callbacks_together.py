@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from grit_lightning.callbacks import RankAdaptation, Reprojection
 from grit_lightning.export.compaction import compact
+from grit_lightning.export.peft_names import named_by_peft
 from grit_lightning.module import GritLitModule
 
 Factory = Callable[..., Any]
@@ -56,8 +57,7 @@ def test_the_counted_parameters_are_those_of_the_exported_adapter(
 
 
 def exported(module: GritLitModule) -> int:
-    trained = {name: p.detach() for name, p in module.peft_model.named_parameters() if p.requires_grad}
-    return compact(module.adapter_config, trained, module.geometry.ranks).parameters
+    return compact(module.adapter_config, named_by_peft(module.peft_model), module.geometry.ranks).parameters
 
 
 def test_some_run_of_those_ends_with_a_raised_rank(

@@ -121,9 +121,9 @@ def test_a_module_in_the_working_folder_is_found(
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--config=demo", "--data=my_own_task.MyData", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "my_own_task.MyData"
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["fit", "--config=demo", "--data=my_own_task.Unfinished"])
-    assert "got 'my_own_task.Unfinished', which has yet to define " in capsys.readouterr().err
+    assert "Unfinished.schema: expected " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config=demo", "--data=my_own_task.MyDat"])
     assert "my_own_task has no MyDat. Did you mean `MyData`?" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def trained(
 ) -> tuple[float, GritLitModule, dict[str, float]]:
     """Loss and statistics of one step over all training rows, then the validation loss."""
     llama = make_tiny_llama(max_position_embeddings=2048)
-    config = GeometryConfig(kfac_min_samples=1, ng_warmup_steps=10**6)
+    config = GeometryConfig(kfac_min_samples=1, ng_warmup_steps=None)
     lit = GritLitModule(llama, lora_config(), config, lambda p: torch.optim.SGD(p, lr=0.0), lr_scheduler=None)
     lit.configure_model()
     generator = torch.Generator().manual_seed(0)

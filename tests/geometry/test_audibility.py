@@ -19,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from grit_lightning import GeometryConfig, GritLitModule, RankSpaceGeometry
 from grit_lightning.distributed.strategies import GritFSDPStrategy
 from grit_lightning.export.compaction import compact
+from grit_lightning.export.peft_names import named_by_peft
 from grit_lightning.geometry.audibility import PROBE_TOKENS, probe_token_ids, silent_layers
 from grit_lightning.geometry.sites import find_lora_sites
 
@@ -185,8 +186,8 @@ def test_silent_layers_that_are_left_out_are_named_once_and_trained_as_a_plain_a
     assert all(bool(site.up.weight.any()) for site in experts)  # trained
     (optimizer,) = given.trainer.optimizers
     assert all("basis" not in optimizer.state[site.up.weight] for site in experts)  # by AdamW
-    trained = {name: p.detach() for name, p in given.peft_model.named_parameters() if p.requires_grad}
-    assert given.geometry.effective_parameters == compact(given.adapter_config, trained).parameters
+    exported = compact(given.adapter_config, named_by_peft(given.peft_model))
+    assert given.geometry.effective_parameters == exported.parameters
 
 
 def test_a_sharded_backbone_cannot_leave_layers_out(module: Callable[..., Any]) -> None:
