@@ -123,7 +123,7 @@ def test_a_module_in_the_working_folder_is_found(
     assert yaml.safe_load(capsys.readouterr().out)["data"]["class_path"] == "my_own_task.MyData"
     with pytest.raises(SystemExit, match="1"):
         main(["fit", "--config=demo", "--data=my_own_task.Unfinished"])
-    assert "Unfinished.schema: expected " in capsys.readouterr().err
+    assert "Unfinished: expected a subclass of TaskDataModule with the attribute `schema`" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config=demo", "--data=my_own_task.MyDat"])
     assert "my_own_task has no MyDat. Did you mean `MyData`?" in capsys.readouterr().err

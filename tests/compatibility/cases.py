@@ -55,6 +55,7 @@ class Case:
         resumes: Whether a run that is stopped after its first epoch and resumed must give the same weights.
         exports: Whether an export is a part of the case.
         needs: What must be there, or the case is skipped: `package`, or `package:attribute`.
+        slow: Whether the row is made only when the page is written; a faster test elsewhere holds what it says.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     resumes: bool = False
     exports: bool = False
     needs: str = ""
+    slow: bool = False
 
 
 @dataclass(frozen=True)

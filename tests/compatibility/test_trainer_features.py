@@ -235,6 +235,7 @@ FEATURES: list[Case] = [
         trainer=lambda: {"callbacks": [_Frames()], "limit_val_batches": 0, "max_steps": 3},
         fit=compiled,
         steps=3,
+        slow=True,
     ),
     Case("`overfit_batches`", trainer=lambda: {"overfit_batches": 1}),
     Case("`fast_dev_run`", trainer=lambda: {"fast_dev_run": 2}, steps=2),
