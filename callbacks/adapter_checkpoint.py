@@ -114,7 +114,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._saved_step = trainer.global_step
         self._kept = [*(kept for kept in self._kept if kept != name), name]
         self.best_model_path, self.last_model_path = str(folder / name), str(folder / f"last{self.FILE_EXTENSION}")
-        trainer.save_checkpoint(folder / name)  # lists the older files too, in case this process ends here
+        # lists the older files too, in case this process ends here
+        trainer.save_checkpoint(folder / name, weights_only=False)
         if trainer.is_global_zero:
             point_to(Path(self.last_model_path), name)
         trainer.strategy.barrier("AdapterCheckpoint")

@@ -199,7 +199,7 @@ class StopOnSignal(Callback):
             make_atomic(trainer)
             folder = getattr(trainer.checkpoint_callbacks[0], "dirpath", None) or trainer.default_root_dir
             path = Path(folder) / "last.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         command = f"trainer.fit(…, ckpt_path={str(path)!r})"
         if self.resume_command is not None:
