@@ -11,6 +11,7 @@ step) and by callbacks (reprojection, rank).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -269,12 +270,10 @@ class RankSpaceGeometry:
 
     def refresh(self) -> None:
         """Invert the damped factors of every layer, and whatever else is derived from the statistics now and then."""
-        micro_batches, every = max(self._micro_batches, 1), self.config.cov_update_freq
-        unmeasured = micro_batches / -(
-            -micro_batches // every
-        )  # tokens are counted in every `every`-th micro-batch only
+        micro_batches = max(self._micro_batches, 1)
+        measured = math.ceil(micro_batches / self.config.cov_update_freq)  # tokens are counted in these only
         for group in self.groups:
-            tokens_per_step = group.counts.tokens.float() * unmeasured / max(self._steps, 1)
+            tokens_per_step = group.counts.tokens.float() * (micro_batches / measured) / max(self._steps, 1)
             self._preconditioner.refresh(group, tokens_per_step, with_bases=self.compute_bases)
 
     @property
