@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from grit_lightning.backbones.shapes import empty_backbone, wants_shapes_only
 from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_count, learnt_labels, model_inputs
 from grit_lightning.checkpoints.adapter_state import (
     adapter_names,
+    expect_no_backbone,
     load_saved_state,
     require_separate,
     saved_state,
@@ -139,7 +140,7 @@ class GritLitModule(pl.LightningModule):
         self.window = AccumulationWindow()
         self._model_arguments: frozenset[str] = frozenset()
         self._adapter_names: frozenset[str] = frozenset()
-        self.register_load_state_dict_post_hook(_expect_no_backbone)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(expect_no_backbone)  # type: ignore[no-untyped-call]
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
 
@@ -501,14 +502,3 @@ class GritLitModule(pl.LightningModule):
 def _unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside Lightning's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _expect_no_backbone(module: GritLitModule, incompatible: Any) -> None:
-    """Take the backbone, which no state holds, off the list of what a parent's state lacks."""
-    backbone = super(GritLitModule, module).state_dict().keys() - module.state_dict().keys()
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, backbone)]
-
-
-def _ends_in(name: str, names: Collection[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))

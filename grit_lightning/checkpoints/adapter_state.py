@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,22 @@ def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, 
             f"Checkpoint: expected the adapter parameters of this model, got others: {len(different)} differ, first "
             f"{different[:2]}. Set model.backbone and model.adapter to what the checkpoint was trained with."
         )
+
+
+def expect_no_backbone(module: nn.Module, incompatible: Any) -> None:
+    """Take the backbone, which no state holds, off the list of what the state of a module's parent lacks.
+
+    Args:
+        module: Its `state_dict` is what it expects to find.
+        incompatible: torch's incompatible keys, as its hooks after loading get them; the list of missing ones is changed.
+    """
+    backbone = nn.Module.state_dict(module).keys() - module.state_dict().keys()
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, backbone)]
+
+
+def _ends_in(name: str, names: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
 def _plain_name(name: str) -> str:
