@@ -9,7 +9,6 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.orders import mixed, shares
 from grit_lightning.datamodules.pipeline.resumable import (
     ResumableDataModule,
@@ -17,9 +16,10 @@ from grit_lightning.datamodules.pipeline.resumable import (
     ResumableSampler,
     loader_options,
 )
+from grit_lightning.datamodules.pipeline.rows import RowsDataModule
 from grit_lightning.errors import InvalidValueError
 
-Task = Callable[[str | PreTrainedTokenizerBase], TaskDataModule]
+Task = Callable[[str | PreTrainedTokenizerBase], RowsDataModule]
 """A data module class, or anything else that makes a data module from a tokenizer."""
 
 
@@ -82,7 +82,7 @@ class MixtureDataModule(ResumableDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.tasks: dict[str, TaskDataModule] = {}
+        self.tasks: dict[str, RowsDataModule] = {}
         for make in tasks:
             task = make(tokenizer)
             task.seed = seed
@@ -93,7 +93,7 @@ class MixtureDataModule(ResumableDataModule):
                 f"tasks: expected that all of them pack or none, got packing={packs}. Set packing alike in each."
             )
 
-    def _add(self, task: TaskDataModule) -> None:
+    def _add(self, task: RowsDataModule) -> None:
         name = task.task_name.lower()
         alike = sum(other.task_name.lower() == name for other in self.tasks.values())
         self.tasks[f"{name}{alike + 1}" if alike else name] = task
@@ -129,7 +129,7 @@ class MixtureDataModule(ResumableDataModule):
         """Return one loader per task, in the order of its source."""
         return [task.predict_dataloader() for task in self._attach_tasks()]
 
-    def _attach_tasks(self) -> Sequence[TaskDataModule]:
+    def _attach_tasks(self) -> Sequence[RowsDataModule]:
         """Give the tasks the Trainer, which knows how many processes there are, and one tokenizer; return them."""
         tasks = list(self.tasks.values())
         for task in tasks:

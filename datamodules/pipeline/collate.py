@@ -33,16 +33,27 @@ def pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> T
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
-def answer_labels(row: Mapping[str, Any]) -> Tensor:
-    """Return the labels int64 [T] of an encoded row: its tokens, but -100 on the first `prompt_length`."""
-    labels = torch.tensor(row["input_ids"], dtype=torch.long)
-    labels[: row["prompt_length"]] = IGNORED
+def learnt_labels(row: Mapping[str, Any]) -> Tensor:
+    """Return the labels int64 [T] of an encoded row: its tokens within the spans of `learnt`, -100 elsewhere.
+
+    Args:
+        row: With `input_ids`, and `learnt` (start, end, start, end …) or `prompt_length`, behind which all is learnt.
+
+    Example:
+        >>> learnt_labels({"input_ids": [1, 2, 3, 4], "learnt": [1, 2, 3, 4]}).tolist()
+        [-100, 2, -100, 4]
+    """
+    tokens = torch.as_tensor(row["input_ids"]).long()
+    labels = torch.full_like(tokens, IGNORED)
+    spans = row["learnt"] if "learnt" in row else [row["prompt_length"], len(tokens)]
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = tokens[start:end]
     return labels
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads encoded rows to the longest of the batch and masks the prompt out of the labels.
+    """Pads encoded rows to the longest of the batch and masks what is not learnt out of the labels.
 
     Attributes:
         pad_id: Token that fills short rows; its value is masked everywhere.
@@ -59,16 +70,16 @@ class Collator:
         """Make a batch.
 
         Args:
-            rows: Each with `input_ids` (prompt, then answer) and `prompt_length`; for evaluation also `row` and `target`.
-                Packed rows have `input_ids`, `labels` and `position_ids`.
+            rows: Each as for `learnt_labels`; for evaluation also with `row` and `target`. Packed rows have `input_ids`,
+                `labels` and `position_ids`.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; labels are -100 on prompt and padding. With
-            `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right choice. Rows
-            that carry their `row` number give `row` int64 [B], packed ones `position_ids` int64 [B, T].
+            `input_ids`, `attention_mask` and `labels`, each int64 [B, T]; labels are -100 on padding and on what is not
+            learnt. With `choice_ids` set also `choice_ids` int64 [B, C, K] and `target` int64 [B], the index of the right
+            choice. Rows that carry their `row` number give `row` int64 [B], packed ones `position_ids` int64 [B, T].
         """
         sequences = [torch.as_tensor(row["input_ids"]).long() for row in rows]
-        labels = [row["labels"] if "labels" in row else answer_labels(row) for row in rows]
+        labels = [row["labels"] if "labels" in row else learnt_labels(row) for row in rows]
         batch = {
             "input_ids": pad(sequences, self.pad_id, self.padding_side),
             "attention_mask": pad([torch.ones_like(sequence) for sequence in sequences], 0, self.padding_side),

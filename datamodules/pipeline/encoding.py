@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -18,24 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.batches import IGNORED
+from grit_lightning.datamodules.pipeline.chat_template import ChatTemplate
 from grit_lightning.datamodules.pipeline.collate import pad
-from grit_lightning.datamodules.pipeline.control_tokens import ControlTokens
 from grit_lightning.datamodules.pipeline.prompts import PromptTemplate
+from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
+from grit_lightning.datamodules.pipeline.tokenized import EncodedRow, Status
 from grit_lightning.errors import InvalidValueError
-
-Status = Literal["whole", "truncated", "too_long", "invalid"]
-"""How a row came through: as it is; with its truncatable column cut; without room for its answer; unusable."""
-
-CHAT_DATE = "26 Jul 2024"
-"""The day that Llama 3's chat template writes into every prompt: its own default, as today's date would change the data."""
-
-
-class EncodedRow(NamedTuple):
-    """Token ids of prompt and answer, where the answer starts, and how the row came through."""
-
-    input_ids: list[int]
-    prompt_length: int
-    status: Status
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class PromptEncoder:
                 f"{self.tokenizer.name_or_path!r} allows, got {self.max_length}. Lower it."
             )
         if self.use_chat_template:
-            self._chat([{"role": "user", "content": "a"}])  # refused now, and not at the first row
+            self._in_chat("a")  # refused now, and not at the first row
         if self.append_eos and not self.stop_ids:
             raise InvalidValueError(
                 f"append_eos: expected a tokenizer with an eos_token to end answers with, got {self.tokenizer.name_or_path!r}, "
@@ -107,9 +94,6 @@ class PromptEncoder:
     def answer_ids(self, answers: Sequence[str], append_eos: bool | None = None) -> list[list[int]]:
         """Return the token ids of answers as they follow a prompt.
 
-        Some tokenizers (SentencePiece) put an extra space token before any text. Each answer is therefore tokenised
-        behind an anchor character which is cut off again, as far as the two do not merge.
-
         Args:
             answers: The answers, before the template is applied.
             append_eos: Overrides the attribute of that name.
@@ -117,28 +101,15 @@ class PromptEncoder:
         Returns:
             One list of ids for each answer.
         """
-        anchor = "\n" if self.use_chat_template else ":"
-        texts = [self.template.answer.format(answer=self._plain(answer)) for answer in answers]
+        texts = [self.template.answer.format(answer=self.tokens.plain(answer)) for answer in answers]
         if self.use_chat_template:
             texts = [text.lstrip() for text in texts]
         ends = self.append_eos if append_eos is None else append_eos
-        if ends:
-            texts = [text + self.turn_end for text in texts]
-        head = self._ids([anchor])[0]
-        behind = self._ids([anchor + text for text in texts])
-        alone = self._ids(texts)
-        ids = [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
-        return [[*tokens, self.tokenizer.eos_token_id] for tokens in ids] if ends and not self._turn_end_ids else ids
-
-    @cached_property
-    def turn_end(self) -> str:
-        """What the chat template writes behind the assistant's answer; nothing without one."""
-        if not self.use_chat_template:
-            return ""
-        answer = "\U0010fffb"  # no template has it
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        _, found, end = self._chat(turns, answered=True).rpartition(answer)
-        return end if found else ""
+        if ends and self.use_chat_template:
+            texts = [text + self.chat.last_end for text in texts]
+        ids = self.tokens.ids_behind(texts, "\n" if self.use_chat_template else ":")
+        eos = self.tokenizer.eos_token_id
+        return [[*tokens, eos] for tokens in ids] if ends and not self._turn_end_ids else ids
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -146,10 +117,9 @@ class PromptEncoder:
         eos = self.tokenizer.eos_token_id
         return self._turn_end_ids or ([] if eos is None else [eos])
 
-    @cached_property
+    @property
     def _turn_end_ids(self) -> list[int]:
-        special = set(self._controls.ids.values())
-        return [id_ for id_ in self._ids([self.turn_end])[0] if id_ in special][:1]
+        return self.chat.stop_ids if self.use_chat_template else []
 
     def choice_ids(self, choices: Sequence[str]) -> Tensor:
         """Return the token ids of closed answers, without end-of-sequence.
@@ -177,9 +147,9 @@ class PromptEncoder:
         if len(prompt) > budget:
             shortened = self._shorten(row, budget)
             if shortened is None:
-                return EncodedRow([], 0, "too_long")
+                return EncodedRow([], [], "too_long")
             prompt, status = shortened, "truncated"
-        return EncodedRow(prompt + answer, len(prompt), status)
+        return EncodedRow(prompt + answer, [len(prompt), len(prompt) + len(answer)], status)
 
     def _shorten(self, row: Mapping[str, str], budget: int) -> list[int] | None:
         """Return the longest prompt within the budget that keeps the beginning of the truncatable column."""
@@ -194,44 +164,32 @@ class PromptEncoder:
         return prompt(kept) if kept else None
 
     def _prompt(self, row: Mapping[str, str]) -> str:
-        text = self.template.render({column: self._plain(value) for column, value in row.items()})
-        return self._chat([{"role": "user", "content": text}]) if self.use_chat_template else text
-
-    def _plain(self, value: str) -> str:
-        """Return a value of a row so that it makes no control tokens."""
-        return value if self.allow_control_tokens else self._controls.mark(value)
+        text = self.template.render({column: self.tokens.plain(value) for column, value in row.items()})
+        return self._in_chat(text) if self.use_chat_template else text
 
     @cached_property
-    def _controls(self) -> ControlTokens:
-        return ControlTokens(self.tokenizer)
+    def tokens(self) -> TextTokens:
+        """The tokenizer, for texts of which a part comes from rows."""
+        return TextTokens(self.tokenizer, self.allow_control_tokens)
 
-    def _chat(self, turns: list[dict[str, str]], answered: bool = False) -> str:
-        """Write turns, behind the system message, in the tokenizer's chat template; open the assistant's unless answered."""
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.tokens)
+
+    def _in_chat(self, text: str) -> str:
+        """Write a prompt as the user's turn, behind the system message, and open the assistant's."""
         system = [{"role": "system", "content": self.template.system}] if self.template.system else []
         try:
-            chat = self.tokenizer.apply_chat_template(
-                [*system, *turns], tokenize=False, add_generation_prompt=not answered, date_string=CHAT_DATE
-            )
+            return self.chat.write([*system, {"role": "user", "content": text}], answered=False)
         except TemplateError as error:
             change = "Move its `system` into its `prompt`, or set" if system else "Set"
             raise InvalidValueError(
                 f"template: expected one that the chat template of {self.tokenizer.name_or_path!r} can write, got "
                 f"{self.template.name!r}, refused with {str(error)!r}. {change} use_chat_template to false."
             ) from error
-        return str(chat)
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
         """Turn prompts into ids, behind a begin-of-sequence token if the tokenizer sets one (chat templates write it)."""
-        bos = self.tokenizer.bos_token_id
-        leads = bos is not None and not self.use_chat_template and bos in self.tokenizer("").input_ids
-        return [[bos, *ids] if leads else ids for ids in self._ids(prompts)]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # which a tokenizer takes for one text
-            return []
-        encoded: Any = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        controls = self._controls
-        return [
-            controls.encode(text) if controls.is_marked(text) else list(ids)
-            for text, ids in zip(texts, encoded["input_ids"], strict=True)
-        ]
+        bos = [] if self.use_chat_template else self.tokens.bos
+        return [[*bos, *ids] for ids in self.tokens.ids(prompts)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from grit_lightning.datamodules.pipeline.collate import answer_labels
+from grit_lightning.datamodules.pipeline.collate import learnt_labels
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -48,7 +48,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     """Encoded rows, several at a time. Which ones share a row depends on their lengths alone.
 
     Args:
-        rows: Encoded rows with `input_ids` and `prompt_length`.
+        rows: Encoded rows with `input_ids` and `learnt`.
         lengths: Tokens of each.
         capacity: Tokens that a packed row may hold.
     """
@@ -67,6 +67,6 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         documents = [self.rows[document] for document in self.packs[index]]
         return {
             "input_ids": torch.cat([torch.tensor(document["input_ids"]) for document in documents]),
-            "labels": torch.cat([answer_labels(document) for document in documents]),
+            "labels": torch.cat([learnt_labels(document) for document in documents]),
             "position_ids": torch.cat([torch.arange(len(document["input_ids"])) for document in documents]),
         }

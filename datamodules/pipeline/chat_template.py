@@ -1,0 +1,106 @@
+r"""A chat template: how it writes turns, and how it ends the assistant's.
+
+Templates say nowhere which part of what they write is the assistant's. It is found by writing a conversation with and without
+the turn: what is added behind the opened turn is the turn and its end, `<|im_end|>\n` or `<|eot_id|>`. Some templates end the
+last turn in another way than the others, as Phi-3's, which writes `<|endoftext|>` behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
+from grit_lightning.errors import InvalidValueError
+
+Message = Mapping[str, Any]
+
+CHAT_DATE = "26 Jul 2024"
+"""The day that Llama 3's chat template writes into every prompt: its own default, as today's date would change the data."""
+
+_ANSWER = "\U0010fffb"  # no template has it
+_PROBE: Sequence[Message] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": _ANSWER},
+    {"role": "user", "content": "a"},
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, or another one in its place.
+
+    Attributes:
+        tokens: The tokenizer.
+        template: Jinja text of the template; None for the tokenizer's own.
+    """
+
+    tokens: TextTokens
+    template: str | None = None
+
+    def write(self, messages: Sequence[Message], *, answered: bool, tools: Sequence[Any] | None = None) -> str:
+        """Write messages; open the assistant's turn behind them unless they are answered.
+
+        Args:
+            messages: Mappings with `role` and `content`, and whatever else the template reads.
+            answered: Whether the last message is the assistant's.
+            tools: Descriptions of tools, for templates that write them.
+
+        Raises:
+            TemplateError: The template refuses the messages.
+        """
+        return str(
+            self.tokens.tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                date_string=CHAT_DATE,
+            )
+        )
+
+    @cached_property
+    def last_end(self) -> str:
+        """What the template writes behind an answer that is the last message; nothing if it leaves the answer out.
+
+        Raises:
+            ValueError: The template cannot write a question and its answer.
+        """
+        try:
+            _, found, end = self.write(_PROBE[:2], answered=True).rpartition(_ANSWER)
+        except TemplateError as error:
+            raise InvalidValueError(
+                f"chat_template: expected one that writes a question and its answer, got {self.name}, which refuses with "
+                f"{str(error)!r}. Set another one."
+            ) from error
+        return end if found else ""
+
+    @cached_property
+    def end(self) -> str:
+        """What it writes behind an answer that another turn follows; as `last_end`, or the beginning of that."""
+        _, _, following = self.write(_PROBE, answered=False).rpartition(_ANSWER)
+        names = "|".join(map(re.escape, self.tokens.controls.ids)) or "$^"
+        end = ""
+        for part in re.split(f"({names})", self.last_end):  # token by token: `<|` alone is the beginning of many
+            if not following.startswith(end + part):
+                break
+            end += part
+        return end
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The token that ends the assistant's turn; none if the end holds no special token."""
+        special = set(self.tokens.controls.ids.values())
+        return [id_ for id_ in self.tokens.ids([self.last_end])[0] if id_ in special][:1]
+
+    @cached_property
+    def name(self) -> str:
+        """What to call it in messages."""
+        tokenizer = repr(self.tokens.tokenizer.name_or_path)
+        return f"the chat template of {tokenizer}" if self.template is None else "the chat template"
