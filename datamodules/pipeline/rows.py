@@ -69,6 +69,7 @@ class RowsDataModule(ResumableDataModule):
             "exact_text" and "classification".
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows of which a part was cut, for each split that was set up.
+        problems: For each of these splits what happened to such rows, and to how many.
     """
 
     task_name: ClassVar[str]
@@ -171,6 +172,7 @@ class RowsDataModule(ResumableDataModule):
         self.cache_dir = cache_dir
         self.truncated: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
+        self.problems: dict[str, dict[str, int]] = {}
         self._max_length = max_length
         self._measured_length: int | None = None
         self._backbone = tokenizer if isinstance(tokenizer, str) else None
@@ -389,12 +391,13 @@ class RowsDataModule(ResumableDataModule):
         """Say once for each split what was cut and left out."""
         invalid = {status.removeprefix(INVALID): n for status, n in statuses.items() if status.startswith(INVALID)}
         problems = {
-            f"{statuses['truncated']} lost {self.cut_part} to fit": statuses["truncated"],
-            f"{statuses['too_long']} left out, as prompt and answer do not fit": statuses["too_long"],
+            f"lost {self.cut_part} to fit": statuses["truncated"],
+            "left out, as prompt and answer do not fit": statuses["too_long"],
         }
-        problems |= {f"{count} left out: {reason}": count for reason, count in sorted(invalid.items())}
+        problems |= {f"left out: {reason}": count for reason, count in sorted(invalid.items())}
+        self.problems[split] = {what: count for what, count in problems.items() if count}
         rows = statuses.total()
-        said = "; ".join(text for text, count in problems.items() if count)
+        said = "; ".join(f"{count} {what}" for what, count in self.problems[split].items())
         message = f"{where}: of {rows} rows, {said} (max_length={self.max_length})."
         self.truncated[split] = statuses["truncated"]
         self.dropped[split] = statuses["too_long"] + sum(invalid.values())
