@@ -77,7 +77,9 @@ class TextDataModule(RowsDataModule):
             )
         chosen: Division = self.documents or ("passages" if len(text_only) == 1 else "files")
         if text_only:
-            rank_zero_info(f"{self.task_name} data ({path}): {len(text_only):,} text files, read as {chosen}.")
+            how = {"files": "each a document", "passages": "divided into passages", "lines": "each line a document"}
+            count = f"{len(text_only):,} text files" if len(text_only) > 1 else "a text file"
+            rank_zero_info(f"{self.task_name} data ({path}): {count}, {how[chosen]}.")
         return chosen
 
     @cached_property
