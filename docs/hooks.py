@@ -57,7 +57,13 @@ def configuration_tables() -> Iterator[str]:
     """List the shipped configurations by folder, each with the comment that opens its file."""
     by_folder = sorted(shipped_configs().items(), key=lambda item: (item[0].rpartition("/")[0], item[0]))
     for folder, files in groupby(by_folder, key=lambda item: item[0].rpartition("/")[0]):
-        yield from ("", f"### {TITLES.get(folder, folder)}", "", "| name | what it is, and how it is run |", "|---|---|")
+        yield from (
+            "",
+            f"### {TITLES.get(folder, folder)}",
+            "",
+            "| name | what it is, and how it is run |",
+            "|---|---|",
+        )
         yield from (f"| `{name}` | {header(path)} |" for name, path in files)
     yield ""
 
@@ -76,9 +82,10 @@ def header(path: Path) -> str:
 @cache
 def help_of(command: str) -> str:
     """Return what a `grit … --help` says, without Lightning's own options."""
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
     words = [sys.executable, str(ROOT / "train.py"), *command.split()[1:]]
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if said.returncode != 0:
         raise PluginError(f"`{command}` failed: {said.stderr.strip()}")
-    return said.stdout.partition(_OPTIONS_OF_LIGHTNING)[0].strip()
+    text = re.sub(".\b", "", said.stdout)  # jsonargparse takes back a space
+    return text.partition(_OPTIONS_OF_LIGHTNING)[0].strip()
