@@ -79,9 +79,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Strict: a link or anchor that leads nowhere fails. The variable silences advice on what to use in place of MkDocs.
+# Strict: a link or anchor that leads nowhere fails. (With --quiet it would not: MkDocs counts the warnings that it shows.)
+# The variable silences advice on what to use in place of MkDocs.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 	@echo "Pages:  site/index.html"
 
 format: $(VENV)/.installed-dev

@@ -112,3 +112,9 @@ def test_yaml_blocks_are_yaml() -> None:
     assert len(found) >= 5
     for page, block in found:
         assert isinstance(yaml.safe_load(block), dict), page
+
+
+@pytest.mark.parametrize("name", PURPOSES)
+def test_every_subcommand_has_its_place(name: str) -> None:
+    headings = re.findall(r"^## (.+)$", PAGES["command_line.md"], re.MULTILINE)
+    assert any(name in re.split(r"\W+(?!harness)", heading) for heading in headings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,12 +45,13 @@ CONFIGURED = [
 
 
 def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """Build a project as `make docs` does."""
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(project / "mkdocs.yml")]
+    """Build a project with the command of `make docs`."""
+    dry_run = subprocess.run(["make", "-C", ROOT, "--dry-run", "docs"], capture_output=True, text=True, check=True)
+    (line,) = (line for line in dry_run.stdout.splitlines() if "mkdocs build" in line)
+    words = [sys.executable, "-m", "mkdocs", *shlex.split(line.partition("mkdocs ")[2])]
+    words += ["--config-file", str(project / "mkdocs.yml"), "--site-dir", str(site)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run(
-        [*words, "--site-dir", str(site)], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
