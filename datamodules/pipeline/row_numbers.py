@@ -118,7 +118,7 @@ def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
     last = min(max(lengths) // width, math.ceil(BINS * 1.25))
     rows = Counter(min(length // width, last) for length in lengths)
     bins = [{"from": bin_ * width, "to": (bin_ + 1) * width - 1, "rows": rows[bin_]} for bin_ in range(last + 1)]
-    bins[-1]["to"] = max(bins[-1]["to"], max(lengths))
+    bins[-1]["to"] = max(lengths)
     return bins[min(rows) :]
 
 
