@@ -5,12 +5,14 @@ from grit_lightning.datamodules.base import TaskDataModule as TaskDataModule
 from grit_lightning.datamodules.boolq import BoolQDataModule as BoolQDataModule
 from grit_lightning.datamodules.dolly import DollyDataModule as DollyDataModule
 from grit_lightning.datamodules.gsm8k import GSM8KDataModule as GSM8KDataModule
+from grit_lightning.datamodules.instruction import InstructionDataModule as InstructionDataModule
 from grit_lightning.datamodules.mixture import MixtureDataModule as MixtureDataModule
+from grit_lightning.datamodules.pipeline.rows import RowsDataModule as RowsDataModule
 from grit_lightning.datamodules.qnli import QNLIDataModule as QNLIDataModule
 
 TASKS: dict[str, type[TaskDataModule]] = {
     exported.task_name.lower(): exported
     for exported in list(globals().values())
-    if isinstance(exported, type) and issubclass(exported, TaskDataModule) and exported is not TaskDataModule
+    if isinstance(exported, type) and issubclass(exported, TaskDataModule) and exported.hub_id
 }
-"""Every task by its name in lower case."""
+"""Every task that has published data, by its name in lower case."""

@@ -1,8 +1,7 @@
 r"""A chat template: how it writes turns, and how it ends the assistant's.
 
 Templates say nowhere which part of what they write is the assistant's. It is found by writing a conversation with and without
-the turn: what is added behind the opened turn is the turn and its end, `<|im_end|>\n` or `<|eot_id|>`. Some templates end the
-last turn in another way than the others, as Phi-3's, which writes `<|endoftext|>` behind it.
+the turn: what is added behind the opened turn is the turn and its end, `<|im_end|>\n` or `<|eot_id|>`.
 """
 
 from __future__ import annotations
@@ -24,11 +23,7 @@ CHAT_DATE = "26 Jul 2024"
 """The day that Llama 3's chat template writes into every prompt: its own default, as today's date would change the data."""
 
 _ANSWER = "\U0010fffb"  # no template has it
-_PROBE: Sequence[Message] = (
-    {"role": "user", "content": "a"},
-    {"role": "assistant", "content": _ANSWER},
-    {"role": "user", "content": "a"},
-)
+_PROBE: Sequence[Message] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER})
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class ChatTemplate:
             ValueError: The template cannot write a question and its answer.
         """
         try:
-            _, found, end = self.write(_PROBE[:2], answered=True).rpartition(_ANSWER)
+            _, found, end = self.write(_PROBE, answered=True).rpartition(_ANSWER)
         except TemplateError as error:
             raise InvalidValueError(
                 f"chat_template: expected one that writes a question and its answer, got {self.name}, which refuses with "
@@ -82,16 +77,11 @@ class ChatTemplate:
         return end if found else ""
 
     @cached_property
-    def end(self) -> str:
-        """What it writes behind an answer that another turn follows; as `last_end`, or the beginning of that."""
-        _, _, following = self.write(_PROBE, answered=False).rpartition(_ANSWER)
-        names = "|".join(map(re.escape, self.tokens.controls.ids)) or "$^"
-        end = ""
-        for part in re.split(f"({names})", self.last_end):  # token by token: `<|` alone is the beginning of many
-            if not following.startswith(end + part):
-                break
-            end += part
-        return end
+    def closing(self) -> str:
+        """The part of `last_end` that ends the turn: up to its first special token; nothing without one."""
+        names = "|".join(map(re.escape, self.tokens.controls.ids))
+        found = re.search(names, self.last_end) if names else None
+        return self.last_end[: found.end()] if found else ""
 
     @cached_property
     def stop_ids(self) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import datasets
 
 from grit_lightning.backbones.sources import PYPI_PREFIX, package_folder
-from grit_lightning.datamodules.pipeline.sources import find_files, read_hub, read_local
+from grit_lightning.datamodules.pipeline.sources import READERS, Reader, find_files, read_hub, read_local
 from grit_lightning.datamodules.pipeline.splits import draw, hold_out, select_columns
 from grit_lightning.errors import InvalidValueError, MissingFileError
 
@@ -47,13 +47,15 @@ class TaskTable:
         schema: Columns of the task.
         hub_id: Name of the hub's table.
         hub_config: Its configuration, which is also the subfolder to prefer in a folder.
-        hub_splits: Splits that it has, with answers.
+        hub_splits: Splits that it has, with answers; or a mapping from them to their names there.
         test_split: The split that is reported on.
         packages: Reader of each package that ships the task.
         columns: Task column → column of the source, where the names differ.
         holdout: Fraction of the training rows that stands in for each evaluation split the source lacks.
         holdout_seed: Determines which ones, alone.
         required: Columns of the schema that the source has to have; None for all.
+        readers: What reads the files of an ending.
+        advice: What to do where there are too few rows, for messages.
     """
 
     task: str
@@ -61,13 +63,15 @@ class TaskTable:
     schema: Sequence[str]
     hub_id: str | None
     hub_config: str | None = None
-    hub_splits: Sequence[str] = ("train",)
+    hub_splits: Sequence[str] | Mapping[str, str] = ("train",)
     test_split: Split = "validation"
     packages: Mapping[str, PackageReader] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     holdout: float = 0.05
     holdout_seed: int = 0
     required: Collection[str] | None = None
+    readers: Mapping[str, Reader] = field(default_factory=lambda: READERS)
+    advice: str = "Change `source`."
 
     def rows(self, split: Split, limit: int | None = None, seed: int = 0) -> Rows:
         """Read a split.
@@ -96,6 +100,11 @@ class TaskTable:
         numbers: Sequence[int] = range(len(table))
         missing = [split for split in dict.fromkeys(("validation", self.test_split)) if not self.has(split)]
         if home == "train" and missing:
+            if len(table) <= len(missing):
+                raise InvalidValueError(
+                    f"{where}: expected at least {len(missing) + 1} rows, one to train on and one each to hold out for "
+                    f"{' and '.join(missing)}, got {len(table)}. {self.advice}"
+                )
             parts = hold_out(len(table), self.holdout, self.holdout_seed, len(missing))
             numbers = parts[["train", *missing].index(split)]
             log.info("%s: %d of %d rows are the %s split", where, len(numbers), len(table), split)
@@ -114,9 +123,12 @@ class TaskTable:
         """
         if self.source is None:
             assert self.hub_id is not None  # else the task has asked for a source
-            return read_hub(self.hub_id, self.hub_config, split) if split in self.hub_splits else None
+            if split not in self.hub_splits:
+                return None
+            name = self.hub_splits[split] if isinstance(self.hub_splits, Mapping) else split
+            return read_hub(self.hub_id, self.hub_config, name)
         if not self.source.startswith(PYPI_PREFIX):
-            return read_local(Path(self.source).expanduser(), split, self.hub_config)
+            return read_local(Path(self.source).expanduser(), split, self.hub_config, self.readers)
         package = self.source.removeprefix(PYPI_PREFIX)
         if package not in self.packages:
             known = [f"{PYPI_PREFIX}{name}" for name in self.packages]
@@ -145,4 +157,4 @@ class TaskTable:
 
     def _files(self, split: str) -> list[Path]:
         assert self.source is not None
-        return find_files(Path(self.source).expanduser(), split, self.hub_config)
+        return find_files(Path(self.source).expanduser(), split, self.hub_config, self.readers)

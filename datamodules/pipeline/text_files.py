@@ -16,6 +16,9 @@ from typing import IO
 
 from grit_lightning.errors import InvalidValueError
 
+PLAIN_TEXT = (".txt", ".md")
+"""Endings of files that are nothing but text."""
+
 _GZIP = b"\x1f\x8b"
 
 
