@@ -52,7 +52,7 @@ def many(count: int = 20) -> list[tuple[list[int], list[int]]]:
 
 
 def test_a_histogram_holds_every_row_once_in_bins_of_one_round_width() -> None:
-    lengths = [random.Random(0).randint(3, 700) for _ in range(500)]
+    lengths = random.Random(0).choices(range(3, 701), k=500)
 
     bins = histogram(lengths)
 
@@ -174,10 +174,8 @@ def test_much_padding_is_said() -> None:
 
 
 def test_closed_answers_and_text_without_prompts_need_no_end() -> None:
-    closed = rows_of(*[([number], [7]) for number in range(20)], targets=[0, 1] * 10)
-    text = rows_of(*[([], [number, 7]) for number in range(20)])
+    closed = rows_of(*[([number], [7]) for number in range(1, 21)], targets=[0, 1] * 10)
+    text = rows_of(*[([], [number, 7]) for number in range(1, 21)])
 
     assert task_advice(task_of(closed, choices=["a", "b"])) == []
-    assert task_advice(task_of(text)) == [
-        "1 of 40 tokens of the training rows are the one for what the tokenizer does not know."
-    ]
+    assert task_advice(task_of(text)) == []
