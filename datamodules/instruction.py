@@ -60,6 +60,7 @@ class InstructionDataModule(RowsDataModule):
 
     default_max_length = 2048
     max_length_of_rows = True
+    divided_into = "one for each turn of the assistant, as the chat template writes earlier turns in another way"
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ def _several(table: datasets.Dataset, forms: Sequence[FormName], columns: dict[s
     first = filled(0)
     other = next((number for number in range(1, len(table)) if filled(number) != first), None)
     if other is None:
-        return f"{where}: expected the columns of one form, got those of {' and '.join(forms)}. Set data.form to the one to read."
+        return f"{where}: expected the columns of one form, got those of {' and '.join(forms)}. Set data.form to one."
     return (
         f"{where}, row {other + 1}: expected the form of row 1 ({' and '.join(first) or 'none'}), got "
         f"{' and '.join(filled(other)) or 'none'}. Put rows of different forms into files of their own, or set data.form to "

@@ -65,7 +65,7 @@ class ConversationRowEncoder(RowEncoder):
         system: System message of conversations without one.
         merge_system: Write the system message before the user's first words.
         tool_turns: Pass tool calls and their results on to the chat template.
-        begin_with_bos: Begin a row with the tokenizer's begin-of-sequence token, as the template does not.
+        begin_with_bos: Begin a row with the tokenizer's begin-of-sequence token, where the template does not.
     """
 
     chat: ChatTemplate
@@ -137,8 +137,8 @@ class ConversationRowEncoder(RowEncoder):
         if len(before) + len(written) + len(end) != len(through) or content.strip() not in written:
             raise UnusableConversationError(
                 f"expected {self.chat.name} to write the assistant's turn behind its opening, and all of it, got "
-                f"{through[-60:]!r} where the opened turn ends in {before[-30:]!r}. Set chat_template to another one, or to "
-                "plain",
+                f"{through[-60:]!r} where the opened turn ends in {before[-30:]!r}. Set chat_template to another one or to "
+                "plain, or merge_system to true if it is the system message that it moves",
                 "the chat template leaves out a part of the assistant's turn",
             )
         return Answer(before, written + self.chat.closing, turn)
@@ -148,11 +148,11 @@ class ConversationRowEncoder(RowEncoder):
     def _fitted(self, renderings: Sequence[Sequence[Piece]]) -> list[EncodedRow]:
         """Tokenise renderings, all at once, and cut them to whole turns where they are too long."""
         tokens = self.chat.tokens
-        start = tokens.bos if self.begin_with_bos else []
+        bos = tokens.bos if self.begin_with_bos else []
         heads = tokens.ids([pieces[0].text for pieces in renderings])
         others = iter(tokens.ids_behind([piece.text for pieces in renderings for piece in pieces[1:]], "\n"))
         return [
-            self._joined(pieces, [start + head, *(next(others) for _ in pieces[1:])])
+            self._joined(pieces, [head if head[:1] == bos else bos + head, *(next(others) for _ in pieces[1:])])
             for pieces, head in zip(renderings, heads, strict=True)
         ]
 

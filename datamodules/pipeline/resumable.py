@@ -159,6 +159,10 @@ class ResumableDataModule(LightningDataModule, ABC):
             loader.load_state_dict(resumed)
         return loader
 
+    def training_batches(self) -> int:
+        """Return the training batches of one epoch on this process; after `setup`."""
+        return len(self._make_train_loader())
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the training data are.
 

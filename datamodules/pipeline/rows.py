@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import datasets
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
@@ -200,6 +200,9 @@ class RowsDataModule(ResumableDataModule):
     def cut_part(self) -> str:
         """What a row loses when it is too long, for messages."""
 
+    divided_into: ClassVar[str] = "parts of them"
+    """What one row becomes several of, for messages."""
+
     def choice_ids(self) -> Tensor | None:
         """Return the token ids of the closed answers, int64 [C, K], padded with -100; None for free answers."""
         return None
@@ -288,7 +291,7 @@ class RowsDataModule(ResumableDataModule):
             if split not in self._encoded:
                 rows = self.table.rows(split, self.limits[split], self.seed)
                 self._encoded[split], statuses = drop_unusable(self._tokenised(rows, split))
-                self._report(split, statuses, rows.where)
+                self._report(split, statuses, rows)
 
     def training_rows(self) -> tuple[Dataset[Any], list[int]]:
         """Return the rows to train on, each with one document or packed with several, and the tokens of each document."""
@@ -387,8 +390,8 @@ class RowsDataModule(ResumableDataModule):
             lambda file: encoder.encode_table(rows.table, rows.numbers, file),
         )
 
-    def _report(self, split: Split, statuses: Counter[str], where: str) -> None:
-        """Say once for each split what was cut and left out."""
+    def _report(self, split: Split, statuses: Counter[str], source: Rows) -> None:
+        """Say once for each split what was cut and left out, and whether rows became more than they were."""
         invalid = {status.removeprefix(INVALID): n for status, n in statuses.items() if status.startswith(INVALID)}
         problems = {
             f"lost {self.cut_part} to fit": statuses["truncated"],
@@ -398,12 +401,14 @@ class RowsDataModule(ResumableDataModule):
         self.problems[split] = {what: count for what, count in problems.items() if count}
         rows = statuses.total()
         said = "; ".join(f"{count} {what}" for what, count in self.problems[split].items())
-        message = f"{where}: of {rows} rows, {said} (max_length={self.max_length})."
+        message = f"{source.where}: of {rows} rows, {said} (max_length={self.max_length})."
         self.truncated[split] = statuses["truncated"]
         self.dropped[split] = statuses["too_long"] + sum(invalid.values())
         if self.dropped[split] == rows:
             raise InvalidValueError(
                 f"{message} Expected at least one row with an answer to learn, got none. Raise max_length, or correct the rows."
             )
+        if rows != len(source.table):
+            rank_zero_info(f"{source.where}: {len(source.table):,} rows have become {rows:,}, {self.divided_into}.")
         if said:
             rank_zero_warn(message)
