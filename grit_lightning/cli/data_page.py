@@ -28,6 +28,8 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         report: What `data_report` returns.
     """
     _say(console, f"{report['data']}, tokenizer {report['tokenizer'] or 'unknown'}")
+    for remark in report["remarks"]:
+        _say(console, remark)
     for name, task in report["tasks"].items():
         _print_task(console, name, task)
     _print_epoch(console, report["epoch"], report["run"])
@@ -89,7 +91,7 @@ def _cells(task: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _bars(bins: Sequence[Mapping[str, int]]) -> Iterator[str]:
     most = max(bin_["rows"] for bin_ in bins)
-    labels = [f"{bin_['from']:,}–{bin_['to']:,}" for bin_ in bins]
+    labels = [f"{bin_['from']:,}" + f"–{bin_['to']:,}" * (bin_["to"] > bin_["from"]) for bin_ in bins]
     for label, bin_ in zip(labels, bins, strict=True):
         length = -(-bin_["rows"] * BAR // most)
         yield f"  {label:>{max(map(len, labels))}}  {'█' * length}{' ' * bool(length)}{bin_['rows']:,}"
@@ -102,7 +104,7 @@ def _print_epoch(console: Console, epoch: Mapping[str, Any], run: Mapping[str, A
     if epoch["optimizer_steps"] is not None:
         said += f", {epoch['optimizer_steps']:,} optimizer steps of {epoch['batches_per_step']}"
     if epoch["tokens"] is not None:
-        said += f", {epoch['rows']:,} rows, {epoch['tokens']:,} tokens"
+        said += f", {epoch['rows']:,} {'packed ' * epoch['packed']}rows, {epoch['tokens']:,} tokens"
     _say(console, f"\n{said}, {epoch['padding_share']:.1%} padding.")
     steps, of_epoch = run["optimizer_steps"], epoch["optimizer_steps"]
     epochs = f", {steps / of_epoch:.2g} epochs" if steps and of_epoch else ""
@@ -110,7 +112,7 @@ def _print_epoch(console: Console, epoch: Mapping[str, Any], run: Mapping[str, A
 
 
 def _print_row(console: Console, name: str, row: Mapping[str, Any], rows: int) -> None:
-    learnt = sum(row["learnt"][1::2]) - sum(row["learnt"][::2])
+    learnt = sum(row["learnt"][1::2]) - sum(max(start, 1) for start in row["learnt"][::2])  # nothing predicts the first
     of = f"{name}, " if name else ""
     head = f"{of}{NAMES[row['split']]} row {row['row'] + 1:,} of {rows:,}: {len(row['tokens']):,} tokens, {learnt:,} learnt"
     _say(console, f"\n{head}", "bold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,9 +44,9 @@ def data_report(cli: SettingsCLI, show: int, split: Split) -> dict[str, Any]:
         ValueError: The data module has batches without `input_ids` and `labels`, or no such split.
         Exception: What the data module raises when it is set up.
     """
-    with _without_counts():
-        steps = cli.count_steps()
+    with _without_counts(), _remarks() as remarks:
         tasks, epoch = _own(cli, split) if isinstance(cli.datamodule, OwnModule) else _of_others(cli)
+        steps = cli.count_steps()
     reports = {name: task.report() for name, task in tasks.items()}
     missing = next((name for name, task in tasks.items() if split not in task.rows), None)
     if show and missing is not None:
@@ -54,6 +55,7 @@ def data_report(cli: SettingsCLI, show: int, split: Split) -> dict[str, Any]:
     return {
         "data": type(cli.datamodule).__name__,
         "tokenizer": None if tokenizer is None else tokenizer.name_or_path,
+        "remarks": remarks,
         "tasks": {
             name: report | {"advice": task_advice(report), "rows": tasks[name].shown(split, show)}
             for name, report in reports.items()
@@ -67,6 +69,8 @@ def _own(cli: SettingsCLI, split: Split) -> tuple[dict[str, SeenTask], dict[str,
     """Read the rows of a data module of ours; test rows too, unless they are the validation rows."""
     module = cli.datamodule
     assert isinstance(module, OwnModule)
+    module.trainer = cli.trainer
+    module.setup("fit")
     named = module.tasks if isinstance(module, MixtureDataModule) else {"": module}
     seen = {}
     for name, task in named.items():
@@ -80,13 +84,16 @@ def _own(cli: SettingsCLI, split: Split) -> tuple[dict[str, SeenTask], dict[str,
     count = _limited(len(loader), cli.trainer)
     assert count is not None
     batches = batches_of_epoch(module, loader, processes, count)
-    return seen, epoch_report(batches, count, processes, cli.trainer.accumulate_grad_batches)
+    epoch = epoch_report(batches, count, processes, cli.trainer.accumulate_grad_batches)
+    return seen, epoch | {"packed": all(task.packing for task in named.values())}
 
 
 def _of_others(cli: SettingsCLI) -> tuple[dict[str, SeenTask], dict[str, Any]]:
     """Look into the first batches of any data module."""
     module = cli.datamodule
-    module.setup("fit")  # Lightning has torn it down when it had counted
+    module.trainer = cli.trainer
+    module.prepare_data()
+    module.setup("fit")
     loader = module.train_dataloader()
     rows, lengths = rows_of_batches(islice(loader, SEEN_BATCHES))
     if not rows.tokens:
@@ -107,7 +114,7 @@ def _of_others(cli: SettingsCLI) -> tuple[dict[str, SeenTask], dict[str, Any]]:
     batches = _limited(None if size is None else math.ceil(size / shared), cli.trainer)
     # Of an epoch only the beginning was looked at, so nothing is said of all its tokens.
     epoch = epoch_report(lengths, batches, processes, cli.trainer.accumulate_grad_batches)
-    return {"": task}, epoch | {"rows": None, "tokens": None}
+    return {"": task}, epoch | {"rows": None, "tokens": None, "packed": None}
 
 
 def _tokenizer(cli: SettingsCLI) -> PreTrainedTokenizerBase | None:
@@ -132,6 +139,24 @@ def _limited(batches: int | None, trainer: Trainer) -> int | None:
     if batches is None:
         return limit if isinstance(limit, int) else None
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+@contextmanager
+def _remarks() -> Iterator[list[str]]:
+    """Collect what data modules say of how they read their rows, instead of logging it."""
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.INFO:
+            said.append(record.getMessage())
+        return record.levelno > logging.INFO
+
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    messages.addFilter(keep)
+    try:
+        yield said
+    finally:
+        messages.removeFilter(keep)
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from grit_lightning.callbacks.run_length import RunLength
 from grit_lightning.cli.processes import OneOfSeveral, configured_processes
 from grit_lightning.cli.run import GritCLI
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.optimization import planned_steps
 
-SETS_THE_LENGTH: tuple[type[Callback], ...] = (GradientAccumulationScheduler,)
+SETS_THE_LENGTH: tuple[type[Callback], ...] = (GradientAccumulationScheduler, RunLength)
 """Callbacks that a run's number of optimizer steps depends on."""
 _WRITES_NOTHING = {
     "logger": False,

@@ -160,6 +160,7 @@ def test_a_data_module_of_anybody_s_shows_its_first_batches(
     monkeypatch.syspath_prepend(tmp_path)
     words = [
         *[word for word in tiny if not word.startswith("--data.")],
+        "--config=shared/task",
         "--data=of_others.Own",
         "--trainer.max_epochs=1",
     ]

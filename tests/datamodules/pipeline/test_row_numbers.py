@@ -51,6 +51,11 @@ def many(count: int = 20) -> list[tuple[list[int], list[int]]]:
     return [([100 + number, 5], [200 + number, END]) for number in range(count)]
 
 
+def others(count: int = 10) -> list[tuple[list[int], list[int]]]:
+    """As many others."""
+    return [([300 + number, 5], [200 + number, END]) for number in range(count)]
+
+
 def test_a_histogram_holds_every_row_once_in_bins_of_one_round_width() -> None:
     lengths = random.Random(0).choices(range(3, 701), k=500)
 
@@ -93,27 +98,29 @@ def test_padding_is_what_a_batch_holds_beyond_its_tokens() -> None:
 
 
 def test_rows_that_stand_twice_and_prompts_answered_twice_are_counted() -> None:
-    rows = rows_of(([1], [2]), ([1], [2]), ([1], [3]), ([1, 2], [3]), ([], [4]), ([], [5]))
+    rows = rows_of(
+        ([1, 1], [2]), ([1, 1], [2]), ([1, 1], [3]), ([1, 2], [3]), ([1], [4]), ([1], [5]), ([], [6]), ([], [7])
+    )
 
-    assert repeated_rows(rows) == 1  # the second [1] → [2]
-    assert contradicting_rows(rows) == 3  # [1] → [2], [2] and [3]; a row without a prompt contradicts nothing
+    assert repeated_rows(rows) == 1  # the second [1, 1] → [2]
+    assert contradicting_rows(rows) == 3  # [1, 1] → [2], [2] and [3]; one token may be the one that begins every row
 
 
 def test_held_out_rows_that_are_training_rows_too_are_counted_apart_from_those_with_their_prompt_only() -> None:
-    training = rows_of(([1], [2]), ([1], [3]), ([4], [5]), ([], [8]))
-    held_out = rows_of(([1], [3]), ([4], [6]), ([7], [5]), ([], [9]))
+    training = rows_of(([1, 1], [2]), ([1, 1], [3]), ([1, 4], [5]), ([], [8]))
+    held_out = rows_of(([1, 1], [3]), ([1, 4], [6]), ([1, 7], [5]), ([], [9]))
 
     assert overlap(training, held_out) == {"same_rows": 1, "same_prompts": 1}
 
 
 def test_every_answer_of_a_row_has_to_be_ended() -> None:
-    tokens = np.array([1, 2, END, 3, 4, 5], dtype=np.int32)
-    ended, open_ = [1, 3], [1, 3, 4, 6]
+    tokens = np.array([1, 1, 2, END, 3, 4, 5], dtype=np.int32)
+    ended, open_, without_prompt = [2, 4], [2, 4, 5, 7], [0, 3]
 
-    rows = TokenRows([tokens, tokens], [ended, open_], [1, 4], [-1, -1])
+    rows = TokenRows([tokens] * 3, [ended, open_, without_prompt], [2, 5, 0], [-1] * 3)
 
     assert rows.unended([END]) == 1
-    assert rows.learnt_lengths == [2, 4]
+    assert rows.learnt_lengths == [2, 4, 2]  # nothing stands before the first token, so that it cannot be learnt
 
 
 def test_classes_are_counted_by_name_and_absent_ones_too() -> None:
@@ -121,9 +128,7 @@ def test_classes_are_counted_by_name_and_absent_ones_too() -> None:
 
 
 def test_of_ordinary_rows_nothing_is_said() -> None:
-    held_out = rows_of(([1, 2], [3, END]), ([1, 3], [3, END]))
-
-    assert task_advice(task_of(rows_of(*many()), validation=held_out)) == []
+    assert task_advice(task_of(rows_of(*many()), validation=rows_of(*others()))) == []
     assert epoch_advice({"padding_share": 0.1}) == []
 
 
@@ -132,23 +137,26 @@ def test_of_ordinary_rows_nothing_is_said() -> None:
     [
         (task_of(rows_of(*many()), cut=5), "5 of 20 training rows (25.0%) are cut to fit into max_length 8"),
         (task_of(rows_of(*many()), left_out=5), "5 of 25 training rows (20.0%) are left out"),
-        (task_of(rows_of(*many(1))), "The training split is one row."),
-        (task_of(rows_of(*many()), validation=rows_of(([1], [END]))), "The validation split is one row."),
+        (task_of(rows_of(*many(1))), "There is one training row."),
+        (
+            task_of(rows_of(*many()), validation=rows_of(*others(9))),
+            "Rows in the validation split: 9. What is measured",
+        ),
         (task_of(rows_of(*many(), ([1], [0, END]))), "1 of 83 tokens of the training rows are the one for what"),
         (
             task_of(rows_of(*many(), ([1] * 30, [END]))),
             "The longest training row has 31 tokens, where 95% have at most 4",
         ),
-        (task_of(rows_of(*many(), ([1], [2]))), "1 of 21 training rows hold an answer whose end is not learnt"),
+        (task_of(rows_of(*many(), ([1, 1], [2]))), "1 of 21 training rows hold an answer whose end is not learnt"),
         (task_of(rows_of(*many(), *many(5))), "5 of 25 training rows (20.0%) are copies of others"),
         (task_of(rows_of(*many(), ([100, 5], [7, END]))), "2 training rows share their prompt with a training row"),
         (
-            task_of(rows_of(*many()), validation=rows_of(*many(2), ([1], [END]))),
-            "2 of 3 validation rows (66.7%) are training rows too",
+            task_of(rows_of(*many()), validation=rows_of(*many(2), *others(8))),
+            "2 of 10 validation rows (20.0%) are training rows too",
         ),
         (
-            task_of(rows_of(*many()), test=rows_of(([100, 5], [7, END]), ([1], [END]))),
-            "1 of 2 test rows have the prompt of a training row, which answers it differently",
+            task_of(rows_of(*many()), test=rows_of(([100, 5], [7, END]), *others())),
+            "1 of 11 test rows have the prompt of a training row, which answers it differently",
         ),
         (
             task_of(rows_of(*many(), targets=[1] * 18 + [0] * 2), choices=["no", "yes"]),
@@ -174,7 +182,7 @@ def test_much_padding_is_said() -> None:
 
 
 def test_closed_answers_and_text_without_prompts_need_no_end() -> None:
-    closed = rows_of(*[([number], [7]) for number in range(1, 21)], targets=[0, 1] * 10)
+    closed = rows_of(*[([number, 1], [7]) for number in range(1, 21)], targets=[0, 1] * 10)
     text = rows_of(*[([], [number, 7]) for number in range(1, 21)])
 
     assert task_advice(task_of(closed, choices=["a", "b"])) == []

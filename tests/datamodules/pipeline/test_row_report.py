@@ -31,7 +31,7 @@ def test_the_splits_of_every_task_are_counted_as_its_batches_show_them(case: Tas
     numbers, batches = report["splits"]["train"], _training_batches(module)
     assert numbers["rows"] == sum(len(batch["labels"]) for batch in batches)
     assert numbers["tokens"] == sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert numbers["learnt_tokens"] == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert numbers["learnt_tokens"] == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     assert sum(numbers["classes"].values()) == (numbers["rows"] if module.choices else 0)
     assert numbers["answers_without_end"] == (numbers["rows"] if module.choices else 0)
     assert set(report["overlap"]) == {"validation"}
