@@ -95,6 +95,23 @@ def answer_start(labels: Tensor) -> Tensor:
     return (labels != IGNORED).int().argmax(-1)
 
 
+def last_answer_start(labels: Tensor) -> Tensor:
+    """Find the column where each row's last run of labels begins, int64 `[B]`; 0 for a row without any.
+
+    Args:
+        labels: int64 `[B, T]`; a conversation has a run of labels for each answer.
+
+    Example:
+        >>> last_answer_start(torch.tensor([[-100, 5, -100, 6, 7], [-100, -100, 8, 9, -100]])).tolist()
+        [3, 2]
+    """
+    learnt = labels != IGNORED
+    begins = learnt.clone()
+    begins[:, 1:] &= ~learnt[:, :-1]
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    return (columns * begins).max(-1).values
+
+
 def left_padded_prompts(input_ids: Tensor, attention_mask: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Move prompts to the right end of their rows, whatever the padding of the batch.
 

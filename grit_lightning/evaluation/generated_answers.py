@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from grit_lightning.batches import answer_start, left_padded_prompts
+from grit_lightning.batches import last_answer_start, left_padded_prompts
 from grit_lightning.evaluation.datamodule_protocols import GenerativeTask, evaluation_key, tasks_of
 from grit_lightning.evaluation.generation import (
     GenerationSettings,
@@ -174,7 +174,7 @@ class AnswerEvaluation(nn.Module):
         """Return `prompt`, `output` and `finished` of each row."""
         if not len(batch["labels"]):
             return []
-        start = answer_start(batch["labels"])
+        start = last_answer_start(batch["labels"])  # of a conversation, the last turn is generated
         prompts, mask = left_padded_prompts(batch["input_ids"], batch["attention_mask"], start)
         answers = generate_answers(model, self.tokenizer, prompts, mask, self.settings, seed, self.stop_ids)
         texts = [self.tokenizer.decode(ids[real.bool()]) for ids, real in zip(prompts, mask, strict=True)]

@@ -161,6 +161,25 @@ class FinalNumber(TextMetric):
         return rows
 
 
+class ExactText(TextMetric):
+    """Share of outputs that are the reference, but for white space; beyond the paper."""
+
+    def __init__(self) -> None:
+        """Prepare the mean."""
+        super().__init__(exact_text=MeanMetric())
+
+    def score(
+        self, outputs: Sequence[str], references: Sequence[str], targets: Sequence[int]
+    ) -> list[dict[str, Score]]:
+        """Score as in `TextMetric`; key exact_text, 0 or 1."""
+        rows: list[dict[str, Score]] = [
+            {"exact_text": int(output.split() == reference.split())}
+            for output, reference in zip(outputs, references, strict=True)
+        ]
+        self._count_means(rows)
+        return rows
+
+
 class AnswerWord(TextMetric):
     """Classification by the answer word in the generated text.
 
@@ -222,7 +241,7 @@ def text_metrics(
     """Make metrics by name, as a data module's `text_metrics` names them.
 
     Args:
-        names: Any of rouge, bleu, bertscore, exact_match, classification.
+        names: Any of rouge, bleu, bertscore, exact_match, exact_text, classification.
         choices: The closed answers in class order, for classification.
         settings: Says which encoder BERTScore uses.
         device: Where that encoder runs.
@@ -236,6 +255,7 @@ def text_metrics(
         "bleu": Bleu,
         "bertscore": lambda: BertScore(BertScorer(str(settings.bertscore_encoder), settings.bertscore_layer, device)),
         "exact_match": FinalNumber,
+        "exact_text": ExactText,
         "classification": lambda: AnswerWord(choices),
     }
     if unknown := [name for name in names if name not in makers]:

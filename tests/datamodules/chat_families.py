@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -229,6 +230,7 @@ def chat_template(name: str) -> str:
     return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+@lru_cache
 def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """One token a byte, so that any text is encoded and decodes back, the family's special tokens, and its template."""
     known = CHAT_FAMILIES[family]
