@@ -140,7 +140,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 class Own(LightningDataModule):
-    def __init__(self, tokenizer=None, seed=0, images=False):
+    def __init__(self, tokenizer=None, seed=42, images=False):
         super().__init__()
         self.images = images
 
@@ -158,12 +158,8 @@ def test_a_data_module_of_anybody_s_shows_its_first_batches(
 ) -> None:
     (tmp_path / "of_others.py").write_text(_OF_OTHERS)
     monkeypatch.syspath_prepend(tmp_path)
-    words = [
-        *[word for word in tiny if not word.startswith("--data.")],
-        "--config=shared/task",
-        "--data=of_others.Own",
-        "--trainer.max_epochs=1",
-    ]
+    without_rows = [word for word in tiny if not word.startswith("--data.")]
+    words = ["--config=shared/task", *without_rows, "--data=of_others.Own", "--trainer.max_epochs=1"]
 
     main(["data", *words, "--json", "--show=1"])
     found = json.loads(capsys.readouterr().out)
