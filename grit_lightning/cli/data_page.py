@@ -107,7 +107,8 @@ def _print_epoch(console: Console, epoch: Mapping[str, Any], run: Mapping[str, A
         said += f", {epoch['rows']:,} {'packed ' * epoch['packed']}rows, {epoch['tokens']:,} tokens"
     _say(console, f"\n{said}, {epoch['padding_share']:.1%} padding.")
     steps, of_epoch = run["optimizer_steps"], epoch["optimizer_steps"]
-    epochs = f", {steps / of_epoch:.2g} epochs" if steps and of_epoch else ""
+    passes = f"{steps / of_epoch:.2g}" if steps and of_epoch else ""
+    epochs = f", {passes} epoch{'s' * (passes != '1')}" if passes else ""
     _say(console, "The run: no end is set." if steps is None else f"The run: {steps:,} optimizer steps{epochs}.")
 
 

@@ -211,7 +211,6 @@ def test_a_task_of_one_s_own_is_shown(
     ("words", "said"),
     [
         (["--show=-1"], "--show: expected a number of at least 0, got -1."),
-        (["--split=dev"], "--split: expected one of train, validation, test, got 'dev'."),
         (["--data.batchsize=3"], "data.batchsize: BoolQDataModule has no such setting."),
         (["--data.source=nowhere"], "nowhere"),
     ],

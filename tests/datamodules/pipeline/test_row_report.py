@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from grit_lightning.datamodules import MixtureDataModule, TaskDataModule
+from grit_lightning.datamodules import (
+    ClassificationDataModule,
+    InstructionDataModule,
+    MixtureDataModule,
+    TaskDataModule,
+    TextDataModule,
+)
 from grit_lightning.datamodules.pipeline.batch_rows import rows_of_batches
 from grit_lightning.datamodules.pipeline.row_report import SeenTask, batches_of_epoch, epoch_report
 
+from ..chat_families import CHAT_FAMILIES, CONVERSATION, chat_tokenizer
 from ..task_cases import TaskCase
 
 Make = Callable[..., TaskDataModule]
@@ -133,6 +140,54 @@ def test_an_epoch_of_a_mixture_is_counted_with_the_rows_that_are_drawn(
 
     assert (epoch["batches"], epoch["rows"]) == (5, 40)
     assert epoch["tokens"] == sum(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma3", "phi3"])
+def test_a_conversation_is_shown_with_every_answer_marked(name: str, write_jsonl: Any, tmp_path: Any) -> None:
+    source = write_jsonl(tmp_path / "train.jsonl", [{"messages": CONVERSATION}] * 6)
+    module = InstructionDataModule(chat_tokenizer(name), str(source), holdout=0.2)
+    module.setup("fit")
+
+    seen = SeenTask.of(module, ["train", "validation"])
+    row, report = seen.shown("train", 1)[0], seen.report()
+
+    spans = zip(row["learnt"][::2], row["learnt"][1::2], strict=True)
+    assert ["".join(row["tokens"][start:end]) for start, end in spans] == CHAT_FAMILIES[name].learnt
+    assert report["splits"]["train"]["answers_without_end"] == 0
+    assert report["overlap"]["validation"]["same_rows"] == report["splits"]["validation"]["rows"]
+
+
+def test_blocks_of_text_have_no_prompt_to_share_and_no_answer_to_end(
+    write_jsonl: Any, tmp_path: Any, tokenizer: Any
+) -> None:
+    rows = [{"text": "The same beginning, " + "and more " * 20 + str(n)} for n in range(10)]
+    module = TextDataModule(tokenizer, str(write_jsonl(tmp_path / "train.jsonl", rows)), max_length=64, holdout=0.2)
+    module.setup("fit")
+
+    report = SeenTask.of(module, ["train", "validation"]).report()
+
+    numbers = report["splits"]["train"]
+    assert (
+        numbers["answers_without_end"]
+        == numbers["contradicting_rows"]
+        == report["overlap"]["validation"]["same_prompts"]
+        == 0
+    )
+    assert numbers["learnt_tokens"] == numbers["tokens"] - numbers["rows"]  # all but the first of each block
+
+
+def test_labels_are_counted_by_name(write_jsonl: Any, tmp_path: Any, tokenizer: Any) -> None:
+    rows = [{"text": f"Text {n}", "label": "rare" if n == 0 else "common"} for n in range(10)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "validation.jsonl", rows[1:3])
+    module = ClassificationDataModule(tokenizer, str(tmp_path))
+    module.setup("validate")
+    module.setup("fit")
+
+    splits = SeenTask.of(module, ["train", "validation"]).report()["splits"]
+
+    assert splits["validation"]["classes"] == {"common": 2, "rare": 0}
+    assert splits["train"]["classes"]["rare"] == 1
 
 
 class _Processes:
