@@ -9,6 +9,8 @@ MANY_REPEATED = 0.05
 """Share of training rows that are copies of others, above which that is said."""
 MAJORITY = 0.8
 """Share of training rows in one class, above which that is said."""
+FEW = 10
+"""Held-out rows below which that is said."""
 OUT_OF_MEASURE = 4
 """A row this many times as long as 95% of the rows are at most is out of measure."""
 MUCH_PADDING = 0.3
@@ -58,8 +60,10 @@ def _about_lengths(task: Mapping[str, Any]) -> Iterator[str]:
             )
         if left_out := numbers["left_out"]:
             yield f"{left_out:,} of {read:,} {NAMES[split]} rows ({left_out / read:.1%}) are left out."
-        if rows == 1:
-            yield f"The {NAMES[split]} split is one row."
+        if rows < FEW and split != "train":
+            yield f"Rows in the {NAMES[split]} split: {rows}. What is measured on so few says little."
+        elif rows == 1:
+            yield "There is one training row."
         if unknown := numbers["unknown_tokens"]:
             yield (
                 f"{unknown:,} of {numbers['tokens']:,} tokens of the {NAMES[split]} rows are the one for what the tokenizer "
@@ -74,9 +78,9 @@ def _about_lengths(task: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _about_ends(training: Mapping[str, Any], closed: bool) -> Iterator[str]:
-    """Skip closed answers, which are compared and not written, and text without prompts, which answers nothing."""
+    """Skip closed answers, which are compared and not written."""
     without, rows = training["answers_without_end"], training["rows"]
-    if without and training["prompt_tokens"] and not closed:
+    if without and not closed:
         yield (
             f"{without:,} of {rows:,} training rows hold an answer whose end is not learnt: a model trained on them does not "
             "stop by itself."

@@ -55,8 +55,8 @@ class TokenRows:
 
     @cached_property
     def learnt_lengths(self) -> list[int]:
-        """Tokens of each row that are learnt."""
-        return [sum(spans[1::2]) - sum(spans[::2]) for spans in self.learnt]
+        """Tokens of each row that are learnt; the first of a row never is, as nothing stands before it."""
+        return [sum(spans[1::2]) - sum(max(start, 1) for start in spans[::2]) for spans in self.learnt]
 
     @cached_property
     def keys(self) -> list[bytes]:
@@ -65,21 +65,23 @@ class TokenRows:
 
     @cached_property
     def prompt_keys(self) -> list[bytes | None]:
-        """A hash of what stands before the last answer of each row; None where nothing does."""
+        """A hash of what stands before the last answer of each row; None where nothing does but a begin-of-sequence token."""
         pairs = zip(self.tokens, self.prompt_lengths, strict=True)
-        return [_hash(row[:length]) if length else None for row, length in pairs]
+        return [_hash(row[:length]) if length > 1 else None for row, length in pairs]
 
     def unended(self, stop_ids: Iterable[int]) -> int:
-        """Return the number of rows of which a learnt span holds no token that ends an answer.
+        """Return the number of rows with a prompt of which an answer holds no token that ends it.
 
         Args:
             stop_ids: Tokens that end an answer.
         """
         stops = np.array(sorted(set(stop_ids)), dtype=np.int32)
-        return sum(
-            not all(np.isin(row[start:end], stops).any() for start, end in zip(spans[::2], spans[1::2], strict=True))
-            for row, spans in zip(self.tokens, self.learnt, strict=True)
-        )
+
+        def ends(row: NDArray[np.int32], spans: Sequence[int]) -> bool:
+            return all(np.isin(row[start:end], stops).any() for start, end in zip(spans[::2], spans[1::2], strict=True))
+
+        answers = zip(self.tokens, self.learnt, self.prompt_keys, strict=True)
+        return sum(prompt is not None and not ends(row, spans) for row, spans, prompt in answers)
 
     def count(self, token: int) -> int:
         """Return how often a token stands in the rows."""
@@ -118,7 +120,7 @@ def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
     last = min(max(lengths) // width, math.ceil(BINS * 1.25))
     rows = Counter(min(length // width, last) for length in lengths)
     bins = [{"from": bin_ * width, "to": (bin_ + 1) * width - 1, "rows": rows[bin_]} for bin_ in range(last + 1)]
-    bins[-1]["to"] = max(bins[-1]["to"], max(lengths))
+    bins[-1]["to"] = max(lengths)
     return bins[min(rows) :]
 
 
@@ -195,7 +197,6 @@ def split_in_numbers(
         "unknown_tokens": 0 if unknown is None else rows.count(unknown),
         "lengths": lengths_in_numbers(rows.lengths),
         "histogram": histogram(rows.lengths),
-        "prompt_tokens": sum(rows.prompt_lengths),
         "answers_without_end": None if stop_ids is None else rows.unended(stop_ids),
         "repeated_rows": repeated_rows(rows),
         "contradicting_rows": contradicting_rows(rows),

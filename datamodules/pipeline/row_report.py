@@ -98,13 +98,13 @@ class SeenTask:
 
 
 def epoch_report(
-    batches: Iterable[Sequence[int]], in_a_process: int, processes: int, accumulated: int
+    batches: Iterable[Sequence[int]], in_a_process: int | None, processes: int, accumulated: int
 ) -> dict[str, Any]:
     """Return what an epoch holds.
 
     Args:
         batches: Tokens of each row of each batch, of all processes.
-        in_a_process: Batches that a process trains on in an epoch.
+        in_a_process: Batches that a process trains on in an epoch; None if it never ends.
         processes: Number of processes.
         accumulated: Batches of an optimizer step in a process.
     """
@@ -113,7 +113,7 @@ def epoch_report(
         "processes": processes,
         "batches": in_a_process,
         "batches_per_step": accumulated,
-        "optimizer_steps": math.ceil(in_a_process / accumulated),
+        "optimizer_steps": None if in_a_process is None else math.ceil(in_a_process / accumulated),
         "rows": sum(map(len, known)),
         "tokens": sum(map(sum, known)),
         "padding_share": padding_share(known),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from grit_lightning.cli.terminal import usage_error
@@ -37,3 +38,23 @@ class PlainParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say it in one sentence, and where all options are listed."""
         usage_error(message, more=f"`{self.prog} --help` lists the options.", everything=self.format_usage().rstrip())
+
+
+class FitWordsParser(PlainParser):
+    """The parser of a subcommand that takes the words of `grit fit`, and a few options of its own.
+
+    Args:
+        prog: The command.
+        description: What it does.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        """Say in the help where the other options are listed."""
+        super().__init__(prog, description)
+        self.usage = f"{prog} [--config NAME ...] [options of {prog} or of grit fit]"
+        self.epilog = "All options of `grit fit` are taken too, and mean the same: `grit fit --help` lists them."
+
+    def split(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the values of this command's own options, and the words of `grit fit`."""
+        own, rest = argparse.ArgumentParser.parse_known_args(self, list(words))
+        return own, rest

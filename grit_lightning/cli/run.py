@@ -161,8 +161,7 @@ class GritCLI(LightningCLI):
         if not (self._settings.overwrite or self._continues or self._settings.trainer.fast_dev_run):
             require_free(self.folder)
         self.settings_as_yaml = self._parser(self.subcommand).dump(self._settings, "yaml", False)  # nulls too
-        self._leave_out_callbacks()
-        _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
+        self._leave_out_what_is_unused()
 
     def instantiate_classes(self) -> None:
         """Build everything from the settings.
@@ -250,7 +249,8 @@ class GritCLI(LightningCLI):
                 f"data.seed: expected the seed of the run, {seed}, got {data['seed']}. Set seed_everything instead."
             )
 
-    def _leave_out_callbacks(self) -> None:
+    def _leave_out_what_is_unused(self) -> None:
+        _forget_unused_loftq(self._settings.model.init_args.get("adapter"))
         configured = _as_list(self._settings.trainer.callbacks)
         names = [callback.class_path.rpartition(".")[2] for callback in configured]
         if unknown := sorted(set(self._settings.without) - set(names)):

@@ -33,6 +33,8 @@ WRONG = {
     "test --ckpt_path .": "--ckpt_path: expected a checkpoint, got ., which is a folder.",
     "test --config demo --ckpt_path best": "--ckpt_path: expected a path or `last`, got `best`",
     "test --ckpt_path last": "--ckpt_path last: expected --output or --config to name the run, got neither.",
+    "data": "no data: add --config or --data.",
+    "data --config demo --split dev": "--split: expected one of train, validation, test, got 'dev'.",
     "export --ckpt a --output b": "--ckpt: there is no such option. Did you mean `--ckpt_path`?",
     "export --output b": "the following arguments are required: --ckpt_path",
     "export --output b --ckpt_path no.ckpt": "--ckpt_path: expected a checkpoint, got no.ckpt, which does not exist.",
@@ -96,7 +98,7 @@ def test_help_lists_all_subcommands_and_all_shipped_configurations_in_whole_sent
     shown = capsys.readouterr().out
     assert shown == overview()
     assert set(GritCLI.subcommands()) < set(PURPOSES)
-    assert len(PURPOSES) == 7
+    assert len(PURPOSES) == 8
     words = shown.replace(",", " ").split()
     assert {*PURPOSES, *shipped_configs()} <= set(words)
     assert all(purpose.endswith(".") for purpose in PURPOSES.values())
