@@ -182,7 +182,7 @@ class InstructionDataModule(RowsDataModule):
     @property
     def cut_part(self) -> str:
         """What a row loses when it is too long, for messages."""
-        return "its last turns"
+        return "the last turns"
 
     def row_encoder(self, rows: Rows, max_length: int) -> ConversationRowEncoder:
         """Return what turns these rows into token ids, at most so many for each."""
