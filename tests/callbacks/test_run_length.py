@@ -60,7 +60,7 @@ def run(batches: int, length: RunLength, **settings: Any) -> tuple[int, int, flo
         (1, {}, (6, 6, 6)),  # but no more than max_epochs
         (20, {}, (2, 30, 30)),  # max_steps ends it in the second epoch
         (8, {"accumulate_grad_batches": 3}, (4, 12, 12)),
-        (8, {"limit_train_batches": 0.5}, (3, 12, 12)),
+        (4, {"limit_train_batches": 0.5}, (5, 10, 10)),
         (8, {"limit_train_batches": 2}, (5, 10, 10)),
     ],
 )

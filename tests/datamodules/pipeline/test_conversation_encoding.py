@@ -128,7 +128,7 @@ def test_turns_of_weight_zero_are_written_and_not_learnt() -> None:
 
 
 def test_tool_turns_are_refused_or_passed_to_the_template() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": [2, "<|im_end|>"]}}}
     messages = [
         CHAT[0],
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -139,6 +139,8 @@ def test_tool_turns_are_refused_or_passed_to_the_template() -> None:
         encode(messages, "qwen2_5")
     (row,) = encode(messages, "qwen2_5", tool_turns=True)
     called, answered = learnt(row, "qwen2_5")
+    end = chat_tokenizer("qwen2_5").convert_tokens_to_ids("<|im_end|>")
+    assert row.input_ids.count(end) == 5  # of the five turns, Qwen's own system message among them; none of an argument
     assert re.fullmatch(r'<tool_call>\n\{"name": "add".*</tool_call><\|im_end\|>', called, re.DOTALL)
     assert answered == "4.<|im_end|>"
     assert "<tool_response>\n4\n</tool_response>" in chat_tokenizer("qwen2_5").decode(row.input_ids)
