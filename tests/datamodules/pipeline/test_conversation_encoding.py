@@ -142,3 +142,18 @@ def test_tool_turns_are_refused_or_passed_to_the_template() -> None:
     assert re.fullmatch(r'<tool_call>\n\{"name": "add".*</tool_call><\|im_end\|>', called, re.DOTALL)
     assert answered == "4.<|im_end|>"
     assert "<tool_response>\n4\n</tool_response>" in chat_tokenizer("qwen2_5").decode(row.input_ids)
+
+
+def test_a_template_that_leaves_a_part_of_the_answer_out_is_refused() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    forgetful = ConversationRowEncoder(
+        chat=ChatTemplate(TextTokens(chat_tokenizer("chatml")), template), form="messages", max_length=1000
+    )
+    thoughtful = [CHAT[0], {**CHAT[1], "content": "<think>Easy.</think>4."}]
+    with pytest.raises(ValueError, match=r"row 1: expected the chat template to write .* and all of it"):
+        forgetful.encode_rows([{"messages": thoughtful}], [0])
+    (row,) = forgetful.encode_rows([{"messages": CHAT[:2]}], [0])
+    assert learnt(row) == ["4.<|im_end|>"]
