@@ -21,7 +21,7 @@ def data_command(words: Sequence[str]) -> None:
         "grit data", "Show what a model will see of the data: rows, lengths, batches, and what is amiss."
     )
     parser.add_argument(
-        "--show", type=int, default=3, help="Rows to show, with what is learnt in colour; 3 by default."
+        "--show", type=int, default=3, metavar="N", help="Rows to show, with what is learnt in colour; 3 by default."
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="Where to take them from; train by default.")
     parser.add_argument("--json", action="store_true", help="Print everything as JSON.")

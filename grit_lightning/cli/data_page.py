@@ -15,9 +15,9 @@ MOST_TOKENS = 600
 """Tokens of a row that are shown; of a longer row the middle is left out."""
 BAR = 40
 """Characters of the longest bar."""
-READ = ("", "on grey23")
-LEARNT = ("bold white on dark_green", "bold white on green4")
-"""Styles of tokens, one after the other in turn, so that it shows where a token ends."""
+READ = ("", "bright_white on grey35")
+LEARNT = ("black on green3", "bright_white on dark_green")
+"""Styles of tokens, one after the other in turn, so that it shows where a token ends; on any background."""
 
 
 def print_report(console: Console, report: Mapping[str, Any]) -> None:

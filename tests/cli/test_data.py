@@ -85,7 +85,7 @@ def test_on_a_terminal_what_is_learnt_is_coloured_and_tokens_are_told_apart(repo
     learnt = "".join(styled.plain[span.start : span.end] for span in styled.spans if "green" in str(span.style))
     assert learnt == "".join(row["tokens"][start:end])
     assert len({str(span.style) for span in styled.spans}) > 2  # tokens beside each other differ
-    assert "\x1b[1;37;48;5;22m" in text  # bold white on dark green
+    assert "\x1b[97;48;5;22m" in text  # bright white on dark green
     assert "⟦" not in text
 
 
@@ -132,6 +132,23 @@ def test_each_task_of_a_mixture_is_shown_in_turn(
     assert text.index("boolq, training row 1 of 16") < text.index("boolq2, training row 1 of 16")
     assert "An epoch: 5 batches, 5 optimizer steps of 1, 20 rows" in text
     assert "The run: 3 optimizer steps, 0.6 epochs." in text
+
+
+def test_the_length_of_a_run_on_own_rows_is_that_which_follows_from_them(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": f"{n}!"} for n in range(20)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    main(["data", "--config=instruct", *tiny, "--data.source=mine.jsonl", "--json", "--show=0"])
+    found = json.loads(capsys.readouterr().out)
+
+    assert found["remarks"] == [
+        "Instruction train data (mine.jsonl): 20 rows, read as prompt_completion (prompt, completion)."
+    ]
+    epoch = found["epoch"]
+    assert (epoch["rows"], epoch["optimizer_steps"]) == (18, 5)  # two rows are held out
+    assert found["run"]["optimizer_steps"] == 10 * 5  # RunLength: as many as 10 epochs have
 
 
 _OF_OTHERS = """
