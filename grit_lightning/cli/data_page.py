@@ -15,8 +15,8 @@ MOST_TOKENS = 600
 """Tokens of a row that are shown; of a longer row the middle is left out."""
 BAR = 40
 """Characters of the longest bar."""
-READ = ("", "white on grey35")
-LEARNT = ("black on green3", "white on dark_green")
+READ = ("", "bright_white on grey35")
+LEARNT = ("black on green3", "bright_white on dark_green")
 """Styles of tokens, one after the other in turn, so that it shows where a token ends; on any background."""
 
 

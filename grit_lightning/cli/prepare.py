@@ -45,9 +45,13 @@ class SplitCheck(NamedTuple):
 
 
 def task_names() -> list[str]:
-    """Return the names of all tasks: those that have a configuration and a template. No data module is imported for it."""
-    templates = FOLDER.parent / "datamodules" / "templates"
-    return [name for name in shipped_configs() if (templates / f"{name}.yaml").is_file()]
+    """Return the names of all tasks with published data: those of modules with a configuration and a template of their name.
+
+    No data module is imported for it.
+    """
+    modules = FOLDER.parent / "datamodules"
+    named = [name for name in shipped_configs() if (modules / f"{name}.py").is_file()]
+    return [name for name in named if (modules / "templates" / f"{name}.yaml").is_file()]
 
 
 def check_split(task: str, split: Split, table: datasets.Dataset) -> SplitCheck:

@@ -85,7 +85,7 @@ def test_on_a_terminal_what_is_learnt_is_coloured_and_tokens_are_told_apart(repo
     learnt = "".join(styled.plain[span.start : span.end] for span in styled.spans if "green" in str(span.style))
     assert learnt == "".join(row["tokens"][start:end])
     assert len({str(span.style) for span in styled.spans}) > 2  # tokens beside each other differ
-    assert "\x1b[37;48;5;22m" in text  # white on dark green
+    assert "\x1b[97;48;5;22m" in text  # bright white on dark green
     assert "⟦" not in text
 
 
