@@ -36,25 +36,14 @@ SchedulerFactory = LRSchedulerCallable | Literal["cosine"]
 def build_optimizer(
     factory: OptimizerCallable | None, parameters: list[Tensor], geometry: RankSpaceGeometry | None
 ) -> Optimizer:
-    """Build the optimizer, and connect it to the geometry if it takes its curvature from there.
+    """Build the optimizer.
 
     Args:
         factory: From the parameters to an optimizer; None for `EigenbasisAdam`, or AdamW without a geometry.
         parameters: The trained parameters.
         geometry: The geometry, or None.
-
-    Raises:
-        MisconfigurationException: If the optimizer needs a geometry and there is none.
     """
-    optimizer = (factory or (AdamW if geometry is None else EigenbasisAdam))(parameters)
-    if isinstance(optimizer, GeometryAdam):
-        if geometry is None:
-            raise MisconfigurationException(
-                f"model.geometry: expected a GeometryConfig, which {type(optimizer).__name__} needs, got null. Set it, or "
-                "set model.optimizer to torch.optim.AdamW."
-            )
-        optimizer.bind(geometry)
-    return optimizer
+    return (factory or (AdamW if geometry is None else EigenbasisAdam))(parameters)
 
 
 def build_schedule(

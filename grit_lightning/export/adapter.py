@@ -101,7 +101,7 @@ class _Trained:
 
 
 def _from_module(module: GritLitModule) -> _Trained:
-    model, start = module.peft_model, module.packer.start
+    model, start = module.peft_model, module.hooks.steps.packer.start
     return _Trained(
         config=module.adapter_config,
         parameters=named_by_peft(model),

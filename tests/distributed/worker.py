@@ -47,8 +47,12 @@ class Unfinished(pl.Callback):
     state: dict[str, Any] | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == 1 and self.state is None and pl_module.window.micro_batches == self.half(trainer):
-            window = pl_module.window.state_dict(trained_parameters(pl_module))
+        if (
+            trainer.global_step == 1
+            and self.state is None
+            and pl_module.hooks.steps.window.micro_batches == self.half(trainer)
+        ):
+            window = pl_module.hooks.steps.window.state_dict(trained_parameters(pl_module))
             self.state = {"geometry": pl_module.geometry.state_dict(), "window": window}
 
     @staticmethod
