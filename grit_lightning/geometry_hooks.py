@@ -55,7 +55,6 @@ class GeometryHooks:
         """Find the layers and register the hooks that measure."""
         self.steps = GeometrySteps(model, config, owner=module, origin=origin)
         self._module = module
-        self._checked = False
         self._loaded = False
         if type(module).state_dict is nn.Module.state_dict:  # which asks for the whole backbone when it is loaded
             module.register_load_state_dict_post_hook(self._expect_no_backbone)  # type: ignore[no-untyped-call]
@@ -75,34 +74,27 @@ class GeometryHooks:
         """In `configure_optimizers`: make the optimizer known, and give it the geometry if it asks for one; return it.
 
         Raises:
-            MisconfigurationException: If the optimizer needs a geometry and there is none.
+            MisconfigurationException: If the Trainer, the module or the optimizer cannot serve the geometry.
         """
-        return self.steps.connect(optimizer)
-
-    def on_fit_start(self) -> None:
-        """Check that the Trainer can serve the geometry.
-
-        Raises:
-            MisconfigurationException: If the Trainer, the module or the optimizer cannot.
-            ValueError: If the run is too short for AdaLoRA's schedule.
-        """
-        trainer = self._module.trainer
-        require_supported(trainer.strategy)
         if not self._module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(self._module).__name__}.automatic_optimization: expected True, so that the Trainer says what the loss "
                 "is divided by, got False. Set it to True, or call GeometrySteps in your own loop."
             )
-        if [self.steps.optimizer] != trainer.optimizers:
-            raise MisconfigurationException(
-                f"{type(self._module).__name__}.configure_optimizers: expected one optimizer, given to connect(), got "
-                f"{[type(optimizer).__name__ for optimizer in trainer.optimizers]}. Return hooks.connect(optimizer)."
-            )
-        require_usable(trainer)
+        if self._module._trainer is not None:
+            require_supported(self._module.trainer.strategy)
+            require_usable(optimizer, self._module.trainer)
+        return self.steps.connect(optimizer)
+
+    def on_fit_start(self) -> None:
+        """Look at the length of the run, and say which settings act on nothing in it.
+
+        Raises:
+            ValueError: If the run is too short for AdaLoRA's schedule.
+        """
         if self.steps.allocation is not None:
-            self.steps.allocation.require_steps(steps_of_the_run(trainer))
-        warn_of_settings(trainer, None if self.geometry is None else self.geometry.config)
-        self._checked = True
+            self.steps.allocation.require_steps(steps_of_the_run(self._module.trainer))
+        warn_of_settings(self._module.trainer, None if self.geometry is None else self.geometry.config)
 
     def on_train_start(self) -> None:
         """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch.
@@ -113,7 +105,10 @@ class GeometryHooks:
         if self._module.trainer.ckpt_path is None:  # a module from `load_from_checkpoint` is trained anew
             return
         if not self._loaded:
-            raise RuntimeError(self._not_called("on_load_checkpoint(checkpoint)", "the geometry would begin anew"))
+            raise RuntimeError(
+                f"{type(self._module).__name__}.on_load_checkpoint: expected a call of the hooks' on_load_checkpoint(checkpoint), "
+                "got none, so that the geometry would begin anew. Call it there."
+            )
         self.steps.resume(self._module.global_rank)
 
     # Steps.
@@ -126,16 +121,19 @@ class GeometryHooks:
             label_tokens: How many tokens the loss is a mean over; 1 for a sum over tokens, 0 if there is nothing to learn.
 
         Raises:
-            RuntimeError: If `on_fit_start` was not called.
+            RuntimeError: If the Trainer's optimizer is not connected.
         """
-        if not self._checked:
-            raise RuntimeError(self._not_called("on_fit_start()", "nothing has looked at the Trainer"))
+        self._require_connected(self._module.trainer.optimizers)
         accumulate = self._module.trainer.accumulate_grad_batches
         self.steps.start_micro_batch(token_mask, label_tokens, accumulate=accumulate, scaler=self._scaler)
 
     def take_loss(self, loss: Tensor) -> Tensor:
         """In `training_step`, at its end: return the loss, 0 where there was nothing to learn, and keep it to be checked."""
         return self.steps.take_loss(loss)
+
+    def on_train_batch_start(self) -> None:
+        """Go where an optimizer that averages weights takes its gradients; it wants to be there when its step begins."""
+        self.steps.go_to_gradients()
 
     def on_after_backward(self) -> None:
         """Close the micro-batch."""
@@ -156,7 +154,7 @@ class GeometryHooks:
         return self.steps.before_optimizer_step(accumulate=size, step=step, scaled=scaled)
 
     def on_validation_start(self) -> None:
-        """Validate the average of an optimizer that averages weights, also in the middle of a window."""
+        """Go to the average of an optimizer that averages weights, also in the middle of a window."""
         self.steps.go_to_average()
 
     def on_train_end(self) -> None:
@@ -182,9 +180,9 @@ class GeometryHooks:
     def _expect_no_backbone(self, module: nn.Module, incompatible: Any) -> None:
         expect_no_backbone(module, incompatible, self.steps.saved_names)
 
-    def _not_called(self, call: str, consequence: str) -> str:
-        hook = call.partition("(")[0]
-        return (
-            f"{type(self._module).__name__}.{hook}: expected a call of the hooks' {call}, got none, so that {consequence}. "
-            "Call it there."
-        )
+    def _require_connected(self, optimizers: list[Optimizer]) -> None:
+        if optimizers != [self.steps.optimizer]:
+            raise RuntimeError(
+                f"{type(self._module).__name__}.configure_optimizers: expected the one optimizer that the hooks' connect() was "
+                f"given, got {[type(optimizer).__name__ for optimizer in optimizers]}. Return hooks.connect(optimizer)."
+            )

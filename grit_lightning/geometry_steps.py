@@ -111,8 +111,8 @@ class GeometrySteps:
         path = next((name for name, module in self.owner.named_modules() if module is self.model), None)
         if path is None:
             raise InvalidValueError(
-                f"model: expected an attribute of the {type(self.owner).__name__}, whose checkpoints hold it, got none. Set it, "
-                "as in `self.model = model`."
+                f"model: expected an attribute of the {type(self.owner).__name__}, whose checkpoints hold it, got none. Set it "
+                "there, as in `self.model = model`."
             )
         return f"{path}." if path else ""
 
@@ -186,8 +186,7 @@ class GeometrySteps:
             accumulate: What the loss is divided by before the backward pass, where several micro-batches make a step.
             scaler: Of 16-bit training, multiplies the loss.
         """
-        if isinstance(self.optimizer, AveragesWeights):
-            self.optimizer.train()  # where gradients are to be taken
+        self.go_to_gradients()
         tokens = torch.as_tensor(label_tokens, device=token_mask.device)
         self._learns = tokens > 0
         if self.geometry is None:
@@ -264,6 +263,11 @@ class GeometrySteps:
         self.go_to_average()
         if self.geometry is not None:
             self.geometry.hold_ranks()
+
+    def go_to_gradients(self) -> None:
+        """Go to the weights where gradients are to be taken, if the optimizer averages weights."""
+        if isinstance(self.optimizer, AveragesWeights):
+            self.optimizer.train()
 
     def go_to_average(self) -> None:
         """Go to the weights to be evaluated, if the optimizer averages weights; also in the middle of a window."""

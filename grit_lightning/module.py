@@ -252,10 +252,10 @@ class GritLitModule(pl.LightningModule):
             self.hooks.steps.settle_layers(lambda: self(batch).loss, ids.numel())
 
     def on_fit_start(self) -> None:
-        """Check that the Trainer can serve the geometry.
+        """Look at the length of the run, and say which settings act on nothing in it.
 
         Raises:
-            MisconfigurationException: If the Trainer or a callback cannot serve this module, see `optimization`.
+            ValueError: If the run is too short for AdaLoRA's schedule.
         """
         self.hooks.on_fit_start()
         if self.scheduler_factory != "cosine":
@@ -316,8 +316,12 @@ class GritLitModule(pl.LightningModule):
         """Close the micro-batch."""
         self.hooks.on_after_backward()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go where the optimizer takes its gradients, if it averages weights."""
+        self.hooks.on_train_batch_start()
+
     def on_validation_start(self) -> None:
-        """Validate the average of an optimizer that averages weights."""
+        """Validate the average, if the optimizer averages weights."""
         self.hooks.on_validation_start()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
