@@ -290,8 +290,7 @@ class GeometrySteps:
             state = saved_state(self.owner, self.saved_names)
         named = {plain_name(name): value for name, value in state.items()}
         checkpoint["state_dict"] = {name: value for name, value in named.items() if name in self.saved_names}
-        if self.origin.source is not None:
-            checkpoint[CHECKPOINT_KEY]["model"] = {"prefix": self.prefix, **self.origin.source}
+        checkpoint[CHECKPOINT_KEY]["model"] = {"prefix": self.prefix, **self.origin.source}
         if self.allocation is not None:
             checkpoint[ALLOCATION_KEY] = self.allocation.state_dict()
 

@@ -199,7 +199,8 @@ class GritLitModule(pl.LightningModule):
             fingerprint = sharding.share_adapter(model, fingerprint)
         start = start_of(model, self.adapter_config, before)
         self.model, self._model_arguments = model, accepted_arguments(model)
-        origin = AdapterOrigin(fingerprint, self.adapter_config.to_dict(), start, tuple(own))
+        source = {name: self.hparams[name] for name in ("backbone", "dtype", "quantization", "revision")}
+        origin = AdapterOrigin(fingerprint, self.adapter_config.to_dict(), start, source, tuple(own))
         try:
             self._hooks = GeometryHooks(self, model, self.geometry_config, origin=origin)
         except Exception:

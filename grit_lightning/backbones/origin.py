@@ -30,16 +30,15 @@ class AdapterOrigin:
         fingerprint: The backbone's, see `backbones.fingerprint`.
         adapter: `to_dict` of PEFT's configuration.
         start: A₀ and B₀ of a start that moved the backbone, see `backbones.moved_start`; empty for other adapters.
+        source: `backbone` (its name, or nothing), `dtype`, `quantization` and `revision` as `load_backbone` takes them.
         backbone: Parameters and buffers of the backbone; None to find them in the model when they are needed.
-        source: `backbone` (its name), `dtype`, `quantization` and `revision` as `load_backbone` takes them, for exports; None
-            if the hyperparameters of a checkpoint say so.
     """
 
     fingerprint: Mapping[str, Any]
     adapter: Mapping[str, Any]
     start: Mapping[str, Tensor]
+    source: Mapping[str, Any]
     backbone: tuple[Tensor, ...] | None = None
-    source: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, model: PeftModel) -> AdapterOrigin:
@@ -67,7 +66,7 @@ class AdapterOrigin:
             "quantization": "nf4" if getattr(backbone, "is_loaded_in_4bit", False) else None,
             "revision": config.revision,
         }
-        return cls(backbone_fingerprint(backbone), config.to_dict(), start_of(model, config, {}), source=source)
+        return cls(backbone_fingerprint(backbone), config.to_dict(), start_of(model, config, {}), source)
 
 
 def _require_known_start(adapter: PeftConfig) -> None:
