@@ -106,8 +106,8 @@ class GeometryHooks:
             return
         if not self._loaded:
             raise RuntimeError(
-                f"{type(self._module).__name__}.on_load_checkpoint: expected a call of the hooks' method of that name, got none, so "
-                "that the geometry would begin anew. Call hooks.on_load_checkpoint(checkpoint) there."
+                f"{type(self._module).__name__}.on_load_checkpoint: expected a call of the hooks' method of that name, got "
+                "none: the geometry would begin anew. Call hooks.on_load_checkpoint(checkpoint) there."
             )
         self.steps.resume(self._module.global_rank)
 

@@ -42,7 +42,7 @@ BAD_CONTENT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "B zero": (_without_training, "expected trained weights, got a B of zeros in every layer"),
     "not grit": (
         lambda c: c.pop("grit"),
-        "expected a checkpoint of GritLitModule, or of a module that calls GeometryHooks, got a file with [",
+        "or of a module that calls GeometryHooks, got a file with [",
     ),
     "other version": (lambda c: c["grit"].update(format_version=99), "got 99. Resume it with"),
     "contradiction": (_beyond_its_rank, "expected zeros in B beyond its effective rank 1, got a column"),
