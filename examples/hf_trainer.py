@@ -1,11 +1,11 @@
-"""transformers' Trainer with the geometry: statistics, preconditioning or EigenbasisAdam, reprojection, ranks, resuming, export.
+"""transformers' Trainer with the geometry: statistics, preconditioning or EigenbasisAdam, reprojection, ranks, export.
 
     python examples/hf_trainer.py                                # SmolLM2-135M learns sums
     python examples/hf_trainer.py --backbone FOLDER --steps 4    # any causal language model
     python examples/hf_trainer.py --optim adamw_torch            # which takes preconditioned gradients
 
-Copy `GeometryCallback` and `GeometryTrainer` into your script. TRL's SFTTrainer is a Trainer too and calls the same methods: write
-`class GeometryTrainer(SFTTrainer)` and give it `peft_config`. On one process, in float32 or bfloat16; the rest is refused.
+Copy `GeometryCallback` and `GeometryTrainer` into your script. TRL's SFTTrainer is a Trainer too and calls the same methods:
+write `class GeometryTrainer(SFTTrainer)`. One process, float32 or bfloat16; the rest is refused.
 """
 
 from __future__ import annotations
@@ -75,16 +75,14 @@ class GeometryTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        unsupported = {
+        refused = {
             "fp16": self.args.fp16,  # its gradients are clipped before anything may look at them unscaled
             "load_best_model_at_end": self.args.load_best_model_at_end,  # whose ranks would be those of the last step
             "several processes or devices": self.args.world_size > 1 or self.args.n_gpu > 1,
         }
-        for name, wanted in unsupported.items():
+        for name, wanted in refused.items():
             if wanted:
-                raise ValueError(
-                    f"{name}: expected none of it in a GeometryTrainer, got it. Leave it out, or use GritLitModule."
-                )
+                raise ValueError(f"{name}: expected none in a GeometryTrainer, got {wanted}. Leave it out.")
         self.steps = GeometrySteps(self.model, geometry)
         self.geometry_callback = GeometryCallback(self.steps, reprojection, ranks)
         self.add_callback(self.geometry_callback)

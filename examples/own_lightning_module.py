@@ -64,9 +64,6 @@ class SumsModule(L.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         return self.hooks.connect(EigenbasisAdam(trained, lr=2e-3))
 
-    def on_fit_start(self) -> None:
-        self.hooks.on_fit_start()
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         labels = batch.pop("labels")[:, 1:]
         self.hooks.start_micro_batch(batch["attention_mask"], label_tokens=(labels != IGNORED).sum())

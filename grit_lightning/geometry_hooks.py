@@ -86,23 +86,21 @@ class GeometryHooks:
             require_usable(optimizer, self._module.trainer)
         return self.steps.connect(optimizer)
 
-    def on_fit_start(self) -> None:
-        """Look at the length of the run, and say which settings act on nothing in it.
+    def on_train_start(self) -> None:
+        """Say which settings act on nothing in this run; on resume, restore random numbers and an unfinished window.
+
+        The length of the run is asked for here and not before: that loads the data, and Lightning gives a loader its place back
+        only if it is loaded after the checkpoint. Nothing draws random numbers between here and the first batch.
 
         Raises:
             ValueError: If the run is too short for AdaLoRA's schedule.
-        """
-        if self.steps.allocation is not None:
-            self.steps.allocation.require_steps(steps_of_the_run(self._module.trainer))
-        warn_of_settings(self._module.trainer, None if self.geometry is None else self.geometry.config)
-
-    def on_train_start(self) -> None:
-        """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch.
-
-        Raises:
             RuntimeError: If the Trainer has loaded a checkpoint of which `on_load_checkpoint` was not told.
         """
-        if self._module.trainer.ckpt_path is None:  # a module from `load_from_checkpoint` is trained anew
+        trainer = self._module.trainer
+        if self.steps.allocation is not None:
+            self.steps.allocation.require_steps(steps_of_the_run(trainer))
+        warn_of_settings(trainer, None if self.geometry is None else self.geometry.config)
+        if trainer.ckpt_path is None:  # a module from `load_from_checkpoint` is trained anew
             return
         if not self._loaded:
             raise RuntimeError(

@@ -253,12 +253,7 @@ class GritLitModule(pl.LightningModule):
             self.hooks.steps.settle_layers(lambda: self(batch).loss, ids.numel())
 
     def on_fit_start(self) -> None:
-        """Look at the length of the run, and say which settings act on nothing in it.
-
-        Raises:
-            ValueError: If the run is too short for AdaLoRA's schedule.
-        """
-        self.hooks.on_fit_start()
+        """Say whether a setting acts on nothing."""
         if self.scheduler_factory != "cosine":
             given, readers = {"warmup_fraction": self.warmup_fraction}, {"warmup_fraction": "lr_scheduler: cosine"}
             warn_if_ignored(GritLitModule, given, readers)
@@ -422,7 +417,7 @@ class GritLitModule(pl.LightningModule):
         self.hooks.on_load_checkpoint(checkpoint)
 
     def on_train_start(self) -> None:
-        """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""
+        """Say which settings of the geometry act on nothing; on resume, restore random numbers and an unfinished window."""
         self.hooks.on_train_start()
 
     @property
