@@ -47,9 +47,6 @@ class GeometryCallback(TrainerCallback):
         if self.ranks is not None and self.ranks.should_act(step):
             self.ranks.adapt(geometry, step, optimizer)
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        logs["grit/rank"] = round(self.steps.geometry.mean_rank, 3)
-
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         parts = {"geometry": self.steps.geometry, "reprojection": self.reprojection, "ranks": self.ranks}
         content = {name: part.state_dict() for name, part in parts.items() if part is not None}
@@ -110,6 +107,9 @@ class GeometryTrainer(Trainer):
         if self.accelerator.sync_gradients:  # the gradients of the step are complete; next they are clipped
             self.steps.before_optimizer_step(accumulate=size, step=self.state.global_step)
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "grit/rank": round(self.steps.geometry.mean_rank, 3)}, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
