@@ -171,6 +171,7 @@ class GeometryCallback(ScheduledCallback):
         if not isinstance(geometry, RankSpaceGeometry):
             raise MisconfigurationException(
                 f"{type(self).__name__}: expected a module with a rank-space geometry, got {type(pl_module).__name__} with "
-                f"geometry {geometry!r}. Set model.geometry to a GeometryConfig, or remove the callback."
+                f"geometry {geometry!r}. Set model.geometry to a GeometryConfig, or in a module of your own the attribute "
+                "`geometry` to that of its GeometryHooks; or remove the callback."
             )
         return geometry

@@ -11,15 +11,27 @@ if TYPE_CHECKING:
     from grit_lightning.evaluation.generation import GenerationSettings
     from grit_lightning.geometry.config import GeometryConfig
     from grit_lightning.geometry.rank_space import RankSpaceGeometry
+    from grit_lightning.geometry_hooks import GeometryHooks
+    from grit_lightning.geometry_steps import GeometrySteps
     from grit_lightning.module import GritLitModule
 
 __version__ = "0.1.0"
 
-__all__ = ["GenerationSettings", "GeometryConfig", "GritLitModule", "RankSpaceGeometry", "__version__"]
+__all__ = [
+    "GenerationSettings",
+    "GeometryConfig",
+    "GeometryHooks",
+    "GeometrySteps",
+    "GritLitModule",
+    "RankSpaceGeometry",
+    "__version__",
+]
 
 _HOMES = {
     "GenerationSettings": "evaluation.generation",
     "GeometryConfig": "geometry.config",
+    "GeometryHooks": "geometry_hooks",
+    "GeometrySteps": "geometry_steps",
     "GritLitModule": "module",
     "RankSpaceGeometry": "geometry.rank_space",
 }

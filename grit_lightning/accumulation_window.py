@@ -58,7 +58,14 @@ class AccumulationWindow:
         Raises:
             FloatingPointError: If a loss is not finite, or a gradient is not and no scaler would skip the step.
             ValueError: If no micro-batch of the window had a label token.
+            RuntimeError: If nothing was told of its losses or backward passes.
         """
+        if not (self._losses and self.micro_batches):
+            raise RuntimeError(
+                f"Optimizer step {step}: expected the losses and backward passes of its micro-batches, got {len(self._losses)} "
+                f"losses and {self.micro_batches} backward passes. Call take_loss in training_step, and finish_micro_batch "
+                "(on_after_backward in a LightningModule) after every backward pass."
+            )
         losses, self._losses = torch.stack(self._losses), []
         micro_batches, self.micro_batches = self.micro_batches, 0
         if micro_batches < size:

@@ -16,24 +16,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from grit_lightning.accumulation_window import AccumulationWindow
 from grit_lightning.backbones.adapters import attach_adapter
 from grit_lightning.backbones.fingerprint import backbone_fingerprint
 from grit_lightning.backbones.inputs import accepted_arguments, require_context, require_packing
 from grit_lightning.backbones.loading import load_backbone
 from grit_lightning.backbones.moved_start import places, repeatable_start, start_of
+from grit_lightning.backbones.origin import AdapterOrigin
 from grit_lightning.backbones.shapes import empty_backbone, wants_shapes_only
 from grit_lightning.batches import IGNORED, Batch, counted_rows, label_token_count, learnt_labels, model_inputs
-from grit_lightning.checkpoints.adapter_state import (
-    adapter_names,
-    expect_no_backbone,
-    load_saved_state,
-    require_separate,
-    saved_state,
-    saved_tensors,
-    trained_parameters,
-)
-from grit_lightning.checkpoints.packing import CheckpointPacker
+from grit_lightning.checkpoints.adapter_state import expect_no_backbone, load_saved_state, saved_state
 from grit_lightning.checkpoints.plain_values import to_plain_values
 from grit_lightning.distributed.collectives import sum_over_processes
 from grit_lightning.distributed.strategies import WholeAdapterStrategy, require_supported
@@ -43,26 +34,20 @@ from grit_lightning.evaluation.closed_answers import ClosedAnswerMetrics
 from grit_lightning.evaluation.datamodule_protocols import HasTasks, evaluation_key
 from grit_lightning.evaluation.generated_answers import AnsweredRow, AnswerEvaluations
 from grit_lightning.evaluation.generation import GenerationSettings
-from grit_lightning.geometry.audibility import probe_token_ids, settle_layers
+from grit_lightning.geometry.audibility import probe_token_ids
 from grit_lightning.geometry.config import GeometryConfig
-from grit_lightning.geometry.optimizer_state import AveragesWeights
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
+from grit_lightning.geometry_hooks import GeometryHooks
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.optimization import (
     build_optimizer,
     build_schedule,
     require_rate_is_kept,
-    require_usable,
     require_usable_callbacks,
-    steps_of_the_run,
-    warn_of_settings,
 )
-from grit_lightning.optimizers import GeometryAdam
 from grit_lightning.preflight import require_adapter_fits, require_data_fits
-from grit_lightning.rank_allocation import RankAllocation
 
-ALLOCATION_KEY = "rank_allocation"
-"""Entry of a checkpoint for the state of AdaLoRA's allocator."""
+_NOT_BUILT = "Model: expected one that is built, got none yet. Call configure_model(), or let the Trainer do it."
 
 
 class GritLitModule(pl.LightningModule):
@@ -133,13 +118,11 @@ class GritLitModule(pl.LightningModule):
         self.model: PeftModel | None = None
         self._has_shapes_only = False
         self.geometry: RankSpaceGeometry | None = None
-        self.allocation: RankAllocation | None = None
+        self._hooks: GeometryHooks | None = None
         self.metrics = ClosedAnswerMetrics()
         settings = GenerationSettings(**generation) if isinstance(generation, Mapping) else generation
         self.answer_evaluations = AnswerEvaluations(settings)
-        self.window = AccumulationWindow()
         self._model_arguments: frozenset[str] = frozenset()
-        self._adapter_names: frozenset[str] = frozenset()
         self.register_load_state_dict_post_hook(expect_no_backbone)  # type: ignore[no-untyped-call]
         self.trim_logits = trim_logits
         self.save_hyperparameters(self._plain_hyperparameters())
@@ -182,7 +165,7 @@ class GritLitModule(pl.LightningModule):
     def _forget_shapes(self) -> None:
         """Drop a model without weights, which Lightning could not move to a device."""
         if self._has_shapes_only:
-            self.model = self.geometry = None
+            self.model = self.geometry = self._hooks = None
             self._has_shapes_only = False
 
     def configure_model(self) -> None:
@@ -215,14 +198,15 @@ class GritLitModule(pl.LightningModule):
         if sharding is not None:
             fingerprint = sharding.share_adapter(model, fingerprint)
         start = start_of(model, self.adapter_config, before)
-        geometry = None if self.geometry_config is None else RankSpaceGeometry(model, self.geometry_config)
-        adapter = to_plain_values(self.adapter_config.to_dict())
-        self.packer = CheckpointPacker(fingerprint, adapter, start, geometry, self.window)
-        self._model_arguments = accepted_arguments(model)
-        self.allocation = RankAllocation.of(model)
-        self.model, self.geometry = model, geometry
-        self._adapter_names = adapter_names(self, own)
-        require_separate(saved_tensors(self, self._adapter_names))
+        self.model, self._model_arguments = model, accepted_arguments(model)
+        source = {name: self.hparams[name] for name in ("backbone", "dtype", "quantization", "revision")}
+        origin = AdapterOrigin(fingerprint, self.adapter_config.to_dict(), start, source, tuple(own))
+        try:
+            self._hooks = GeometryHooks(self, model, self.geometry_config, origin=origin)
+        except Exception:
+            self.model = None  # nothing is built
+            raise
+        self.geometry = self._hooks.geometry
 
     def setup(self, stage: str) -> None:
         """Get the task's metrics, and the references of generated answers, from the data module.
@@ -246,9 +230,7 @@ class GritLitModule(pl.LightningModule):
         optimizer = build_optimizer(
             self.optimizer_factory, [p for p in self.parameters() if p.requires_grad], self.geometry
         )
-        optimizer.register_step_post_hook(self._after_step)
-        if self.allocation is not None:
-            optimizer.register_step_post_hook(self.allocation.after_step)
+        self.hooks.connect(optimizer)
         if self.scheduler_factory is None:
             return optimizer
         schedule = build_schedule(self.scheduler_factory, optimizer, self.trainer, self.warmup_fraction)
@@ -268,23 +250,13 @@ class GritLitModule(pl.LightningModule):
         ids = probe_token_ids(self.peft_model, self.device)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         with self.trainer.precision_plugin.forward_context():
-            settle_layers(geometry, self.peft_model, lambda: self(batch).loss, ids.numel())
+            self.hooks.steps.settle_layers(lambda: self(batch).loss, ids.numel())
 
     def on_fit_start(self) -> None:
-        """Check that Trainer and data can serve the geometry, and move its state to the adapter's device.
-
-        Raises:
-            MisconfigurationException: If the Trainer or a callback cannot serve this module, see `optimization`.
-        """
-        require_usable(self.trainer)
-        if self.allocation is not None:
-            self.allocation.require_steps(steps_of_the_run(self.trainer))
-        if self.geometry is not None:
-            self.geometry.to(self.device)
+        """Say whether a setting acts on nothing."""
         if self.scheduler_factory != "cosine":
             given, readers = {"warmup_fraction": self.warmup_fraction}, {"warmup_fraction": "lr_scheduler: cosine"}
             warn_if_ignored(GritLitModule, given, readers)
-        warn_of_settings(self.trainer, self.geometry_config)
 
     @property
     def peft_model(self) -> PeftModel:
@@ -294,10 +266,19 @@ class GritLitModule(pl.LightningModule):
             RuntimeError: Before `configure_model`.
         """
         if self.model is None:
-            raise RuntimeError(
-                "Model: expected one that is built, got none yet. Call configure_model(), or let the Trainer do it."
-            )
+            raise RuntimeError(_NOT_BUILT)
         return self.model
+
+    @property
+    def hooks(self) -> GeometryHooks:
+        """What the hooks below call, as they would in any other LightningModule.
+
+        Raises:
+            RuntimeError: Before `configure_model`.
+        """
+        if self._hooks is None:
+            raise RuntimeError(_NOT_BUILT)
+        return self._hooks
 
     # Steps.
 
@@ -324,79 +305,33 @@ class GritLitModule(pl.LightningModule):
 
         Several processes average their gradients, so that a micro-batch counts the same on any process.
         """
-        label_tokens = label_token_count(learnt_labels(batch))
-        if self.geometry is not None:
-            loss_scale = torch.full(
-                (), 1.0 / self.trainer.accumulate_grad_batches, dtype=torch.float32, device=self.device
-            )
-            if self._scaler is not None:
-                loss_scale = self._scaler.scale(loss_scale)
-            self.geometry.start_micro_batch(
-                batch["attention_mask"],
-                label_tokens.clamp(min=1) / loss_scale,
-                loss_scale if self.geometry.config.regularised else None,
-            )
-        loss: Tensor = self(batch, trim=self.trim_logits).loss
-        learns = label_tokens > 0
-        loss = torch.where(learns, loss, torch.zeros_like(loss))  # the mean of nothing is NaN, its gradient 0
-        self.window.add_loss(loss, learns)
-        return loss
+        self.hooks.start_micro_batch(batch["attention_mask"], label_token_count(learnt_labels(batch)))
+        return self.hooks.take_loss(self(batch, trim=self.trim_logits).loss)
 
     def on_after_backward(self) -> None:
         """Close the micro-batch."""
-        self.window.finish_micro_batch()
-        if self.geometry is not None:
-            self.geometry.finish_micro_batch()
-
-    # An optimizer that averages weights, such as schedule-free ones, is at its average everywhere but within a window, so that
-    # callbacks, validation and checkpoints all see the same weights, and whether they look changes no bit of the training.
+        self.hooks.on_after_backward()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go where the optimizer takes its gradients, if it averages weights."""
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, AveragesWeights):
-                optimizer.train()
-
-    def _after_step(self, *_: Any) -> None:
-        """Go to the average, if the optimizer averages weights, and stay within the ranks."""
-        self._go_to_average()
-        if self.geometry is not None:
-            self.geometry.hold_ranks()
+        self.hooks.on_train_batch_start()
 
     def on_validation_start(self) -> None:
-        """Validate the average, also in the middle of a window."""
-        self._go_to_average()
+        """Validate the average, if the optimizer averages weights."""
+        self.hooks.on_validation_start()
 
-    def _go_to_average(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, AveragesWeights):
-                optimizer.eval()
-
-    @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Precondition the accumulated gradients, which all processes now share, before they are clipped.
+        """Precondition the accumulated gradients before they are clipped, and log the loss.
 
         Raises:
             FloatingPointError: If the loss or gradient of the window is not finite; the weights are those of the last step.
             ValueError: If no micro-batch of the window had a label token.
         """
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        size, step = self.trainer.accumulate_grad_batches, self.trainer.global_step
-        loss_sums, finite = self.window.close(gradients, size, step=step, scaled=self._scaler is not None)
-        self._log_loss(loss_sums)
-        if not finite:  # the scaler will skip this step, and with it what comes after
-            self._go_to_average()
-        if self.geometry is None:
-            return
-        if not finite:
-            self.geometry.discard_window()
-            return
-        self.geometry.step(precondition=not isinstance(_unwrapped(optimizer), GeometryAdam))
+        self._log_loss(self.hooks.on_before_optimizer_step(optimizer).loss_sums)
 
     def on_train_end(self) -> None:
         """Combine the last statistics of all processes, so that the records cover the whole run."""
-        if self.geometry is not None:
-            self.geometry.reduce()
+        self.hooks.on_train_end()
 
     def _log_loss(self, sums: Tensor) -> None:
         """Log the window's mean loss over its micro-batches with labels; over all processes, at logged steps."""
@@ -458,7 +393,7 @@ class GritLitModule(pl.LightningModule):
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the adapter, see `saved_state`; a parent's state goes on collecting in `destination`."""
-        state = saved_state(self, self._adapter_names, prefix, keep_vars)
+        state = saved_state(self, self._saved_names, prefix, keep_vars)
         if destination is None:
             return state
         destination.update(state)
@@ -466,39 +401,29 @@ class GritLitModule(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the adapter, see `load_saved_state`. A parent's `load_state_dict` works as well."""
-        load_saved_state(self, self._adapter_names, state_dict)
+        load_saved_state(self, self._saved_names, state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the next step depends on, besides Lightning's own content; a collective."""
-        self.packer.pack(checkpoint, trained_parameters(self), self.device)
-        if self.allocation is not None:
-            checkpoint[ALLOCATION_KEY] = self.allocation.state_dict()
+        self.hooks.on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this model, and only then restore the geometry.
+        """Check that the checkpoint fits this model, and only then restore adapter and geometry.
 
         Raises:
             ValueError: If the checkpoint is not from this class, or has another format version, backbone or adapter.
         """
-        self.packer.unpack(checkpoint, saved_tensors(self, self._adapter_names))
-        if self.allocation is not None:
-            self.allocation.load_state_dict(checkpoint.get(ALLOCATION_KEY))
+        self.hooks.on_load_checkpoint(checkpoint)
 
     def on_train_start(self) -> None:
-        """On resume, restore random numbers and an unfinished window; nothing draws between here and the first batch."""
-        if self.trainer.ckpt_path is not None:  # a module from `load_from_checkpoint` is trained anew
-            self.packer.resume(trained_parameters(self), self.device, self.global_rank)
+        """Say which settings of the geometry act on nothing; on resume, restore random numbers and an unfinished window."""
+        self.hooks.on_train_start()
+
+    @property
+    def _saved_names(self) -> frozenset[str]:
+        return frozenset() if self._hooks is None else self._hooks.steps.saved_names
 
     @property
     def _datamodule(self) -> object:
         return self.trainer.datamodule  # type: ignore[attr-defined]  # set outside the Trainer's __init__
-
-    @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """Return the torch optimizer inside Lightning's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -36,25 +36,14 @@ SchedulerFactory = LRSchedulerCallable | Literal["cosine"]
 def build_optimizer(
     factory: OptimizerCallable | None, parameters: list[Tensor], geometry: RankSpaceGeometry | None
 ) -> Optimizer:
-    """Build the optimizer, and connect it to the geometry if it takes its curvature from there.
+    """Build the optimizer.
 
     Args:
         factory: From the parameters to an optimizer; None for `EigenbasisAdam`, or AdamW without a geometry.
         parameters: The trained parameters.
         geometry: The geometry, or None.
-
-    Raises:
-        MisconfigurationException: If the optimizer needs a geometry and there is none.
     """
-    optimizer = (factory or (AdamW if geometry is None else EigenbasisAdam))(parameters)
-    if isinstance(optimizer, GeometryAdam):
-        if geometry is None:
-            raise MisconfigurationException(
-                f"model.geometry: expected a GeometryConfig, which {type(optimizer).__name__} needs, got null. Set it, or "
-                "set model.optimizer to torch.optim.AdamW."
-            )
-        optimizer.bind(geometry)
-    return optimizer
+    return (factory or (AdamW if geometry is None else EigenbasisAdam))(parameters)
 
 
 def build_schedule(
@@ -140,21 +129,20 @@ def require_rate_is_kept(trainer: pl.Trainer) -> None:
             )
 
 
-def require_usable(trainer: pl.Trainer) -> None:
-    """Refuse optimizers whose work would come at the wrong time.
+def require_usable(optimizer: Optimizer, trainer: pl.Trainer) -> None:
+    """Refuse an optimizer whose work would come at the wrong time.
 
     Raises:
         MisconfigurationException: If the optimizer un-scales AMP gradients itself (fused), so that the preconditioner would
             see scaled ones, or if it divides by moments that float16 rounds to zero.
     """
-    _require_divisible(trainer.optimizers)
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        for optimizer in trainer.optimizers or []:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise MisconfigurationException(
-                    "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
-                    f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
-                )
+    _require_divisible(optimizer)
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise MisconfigurationException(
+            "model.optimizer: expected one that does not un-scale fp16 gradients itself, after preconditioning, "
+            f"got {type(optimizer).__name__} with fused=True. Set fused=False, or trainer.precision to bf16-mixed."
+        )
 
 
 def require_usable_callbacks(trainer: pl.Trainer) -> None:
@@ -182,17 +170,16 @@ def require_usable_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
-def _require_divisible(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers of torch that keep moments in float16 with an `eps` that is zero there: they would divide 0 by 0."""
-    for optimizer in optimizers:
-        for settings in optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim") else []:
-            eps, half = settings.get("eps"), any(p.dtype == torch.float16 for p in settings["params"])
-            if half and isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
-                raise MisconfigurationException(
-                    f"model.optimizer: expected an eps that is more than zero in float16, got {type(optimizer).__name__} with "
-                    f"eps={eps:g}, which is not and lets it divide 0 by 0. To train the adapter in float32, set model.dtype to "
-                    "float16 and trainer.precision to 32-true; or set eps to 1e-4."
-                )
+def _require_divisible(optimizer: Optimizer) -> None:
+    """Refuse an optimizer of torch that keeps moments in float16 with an `eps` that is zero there: it would divide 0 by 0."""
+    for settings in optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim") else []:
+        eps, half = settings.get("eps"), any(p.dtype == torch.float16 for p in settings["params"])
+        if half and isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+            raise MisconfigurationException(
+                f"model.optimizer: expected an eps that is more than zero in float16, got {type(optimizer).__name__} with "
+                f"eps={eps:g}, which is not and lets it divide 0 by 0. To train the adapter in float32, set model.dtype to "
+                "float16 and trainer.precision to 32-true; or set eps to 1e-4."
+            )
 
 
 def warn_of_settings(trainer: pl.Trainer, config: GeometryConfig | None) -> None:

@@ -121,7 +121,7 @@ def test_a_resumed_run_allocates_to_the_bit(
 
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 5:  # before the last allocation, which forgets them
-                state = pl_module.allocation.state_dict()
+                state = pl_module.hooks.steps.allocation.state_dict()
                 self.found = {f"{kind} {name}": value.clone() for kind in KINDS for name, value in state[kind].items()}
 
     whole, resumed, kept = module(deltaT=2), module(deltaT=2), [Importances(), Importances()]
@@ -133,7 +133,10 @@ def test_a_resumed_run_allocates_to_the_bit(
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
     assert ranks(whole) == ranks(resumed)
-    assert whole.allocation.state_dict()["rank_pattern"] == resumed.allocation.state_dict()["rank_pattern"]
+    assert (
+        whole.hooks.steps.allocation.state_dict()["rank_pattern"]
+        == resumed.hooks.steps.allocation.state_dict()["rank_pattern"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*max_steps")
@@ -146,7 +149,7 @@ def test_a_checkpoint_without_the_allocators_state_is_refused(module: Callable[.
     given = module()
     given.configure_model()
     with pytest.raises(ValueError, match="Checkpoint: expected the state of AdaLoRA's allocator, got none"):
-        given.allocation.load_state_dict(None)
+        given.hooks.steps.allocation.load_state_dict(None)
 
 
 def test_adamss_that_freezes_parameters_while_training_is_refused(make_tiny_llama: Callable[..., Any]) -> None:

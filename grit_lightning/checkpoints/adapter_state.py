@@ -19,7 +19,7 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters of a module, by their names on a single process."""
-    return {_plain_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {plain_name(name): parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def adapter_names(module: nn.Module, backbone: Iterable[Tensor]) -> frozenset[str]:
@@ -35,7 +35,7 @@ def adapter_names(module: nn.Module, backbone: Iterable[Tensor]) -> frozenset[st
     frozen = {id(tensor) for tensor in backbone if not tensor.requires_grad}
     kept = nn.Module.state_dict(module, keep_vars=True).keys()  # all but buffers that are made anew
     named = chain(module.named_parameters(), module.named_buffers())
-    return frozenset(_plain_name(name) for name, tensor in named if name in kept and id(tensor) not in frozen)
+    return frozenset(plain_name(name) for name, tensor in named if name in kept and id(tensor) not in frozen)
 
 
 def saved_tensors(module: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def saved_tensors(module: nn.Module, names: frozenset[str]) -> dict[str, Tensor]
         names: From `adapter_names`.
     """
     named = chain(module.named_parameters(), module.named_buffers())
-    return {plain: tensor for name, tensor in named if (plain := _plain_name(name)) in names}
+    return {plain: tensor for name, tensor in named if (plain := plain_name(name)) in names}
 
 
 def saved_state(
@@ -127,14 +127,17 @@ def require_same_parameters(expected: Mapping[str, Tensor], found: Mapping[str, 
         )
 
 
-def expect_no_backbone(module: nn.Module, incompatible: Any) -> None:
-    """Take the backbone, which no state holds, off the list of what the state of a module's parent lacks.
+def expect_no_backbone(module: nn.Module, incompatible: Any, saved: Collection[str] | None = None) -> None:
+    """Take the backbone, which no state holds, off the list of what the state of a module or of its parent lacks.
 
     Args:
-        module: Its `state_dict` is what it expects to find.
+        module: The module.
         incompatible: torch's incompatible keys, as its hooks after loading get them; the list of missing ones is changed.
+        saved: Names that it expects to find, from `adapter_names`; None for those of its `state_dict`.
     """
-    backbone = nn.Module.state_dict(module).keys() - module.state_dict().keys()
+    everything = nn.Module.state_dict(module).keys()
+    expected = module.state_dict() if saved is None else [name for name in everything if plain_name(name) in saved]
+    backbone = everything - set(expected)
     incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not _ends_in(name, backbone)]
 
 
@@ -143,7 +146,8 @@ def _ends_in(name: str, names: Collection[str]) -> bool:
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return the name of a tensor without what sharding, recomputing and compiling have put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

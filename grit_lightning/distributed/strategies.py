@@ -84,6 +84,19 @@ class WholeAdapterStrategy(ParallelStrategy):
 
     # Building.
 
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take the module that is to be trained.
+
+        Raises:
+            MisconfigurationException: If it does not have its backbone loaded by this strategy.
+        """
+        if not hasattr(type(model), "peft_model"):
+            raise MisconfigurationException(
+                "trainer.strategy: expected ddp or one device for a module of your own, which brings its backbone whole, got "
+                f"{type(self).__name__} with {type(model).__name__}. Set it to ddp, or train a GritLitModule."
+            )
+        super().connect(model)
+
     def load_backbone(self, **options: Any) -> PreTrainedModel:
         """Load the backbone on rank zero, and only its shape on every other process; a collective.
 

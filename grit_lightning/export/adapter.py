@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from peft import PeftConfig, get_peft_config
+from peft import PeftConfig, PeftModel, get_peft_config
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,15 +24,19 @@ from grit_lightning.export.compaction import CompactAdapter, compact
 from grit_lightning.export.merging import merge as merge_into
 from grit_lightning.export.merging import require_mergeable
 from grit_lightning.export.peft_names import named_by_peft, on_file
+from grit_lightning.geometry_hooks import GeometryHooks
+from grit_lightning.geometry_steps import GeometrySteps
 from grit_lightning.module import GritLitModule
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder
 
-_MODEL_PREFIX = "model."  # GritLitModule.model
 _LOADING = ("dtype", "quantization", "revision")  # a kernel or checkpointing of activations does not matter here
 
 
+Source = GritLitModule | GeometryHooks | GeometrySteps | str | os.PathLike[str]
+
+
 def export_adapter(
-    source: GritLitModule | str | os.PathLike[str],
+    source: Source,
     output: str | os.PathLike[str],
     merge: bool = False,
     keep_empty: bool = False,
@@ -44,7 +48,8 @@ def export_adapter(
     backbone's weights, and where there is nothing but LoRA's factors not even its configuration.
 
     Args:
-        source: Path of a checkpoint, or a module that has been trained; the module is left as it is.
+        source: Path of a checkpoint, or a module that has been trained; the module is left as it is. For a module of your own
+            its `GeometryHooks`, for a loop of your own its `GeometrySteps`.
         output: Folder to make; an existing one must be empty.
         merge: Write the full model and its tokenizer instead of the adapter, in the dtype of the backbone. A quantised
             backbone is de-quantised first.
@@ -63,7 +68,9 @@ def export_adapter(
         RuntimeError: The module's model is not built yet.
     """
     folder = require_free_folder(Path(output))
-    trained = _from_module(source) if isinstance(source, GritLitModule) else _from_checkpoint(Path(source))
+    steps = _steps_of(source)
+    trained = _from_steps(steps) if isinstance(steps, GeometrySteps) else _from_checkpoint(Path(steps))
+    model = steps.model if isinstance(steps, GeometrySteps) else None
     adapter = compact(trained.config, trained.parameters, trained.ranks, trained.start, keep_empty=keep_empty)
     backbone = _locate(trained.backbone)
     adapter.config.base_model_name_or_path = backbone.location or None
@@ -72,7 +79,7 @@ def export_adapter(
         require_mergeable(trained.config)
     with atomic_folder(folder) as unfinished:
         if merge:
-            _write_merged(source, trained, adapter, unfinished)
+            _write_merged(model, trained, adapter, unfinished)
         else:
             # not save_file, whose files only their owner may read
             content = save(adapter.tensors, metadata={"format": "pt"})
@@ -94,21 +101,30 @@ class _Trained:
     parameters: Mapping[str, Tensor]
     start: Mapping[str, Tensor]
     ranks: Mapping[str, int] | None
-    backbone: str
     loading: Mapping[str, Any]
+    """`backbone` and how it was loaded."""
     steps: int | None = None
     notes: RunNotes = field(default_factory=RunNotes)
 
+    @property
+    def backbone(self) -> str:
+        return str(self.loading["backbone"])
 
-def _from_module(module: GritLitModule) -> _Trained:
-    model, start = module.peft_model, module.packer.start
+
+def _steps_of(source: Source) -> GeometrySteps | str | os.PathLike[str]:
+    """Return what holds the trained model; a path stays one."""
+    hooks = source.hooks if isinstance(source, GritLitModule) else source
+    return hooks.steps if isinstance(hooks, GeometryHooks) else hooks
+
+
+def _from_steps(steps: GeometrySteps) -> _Trained:
+    config, start = get_peft_config(dict(steps.packer.adapter)), steps.packer.start
     return _Trained(
-        config=module.adapter_config,
-        parameters=named_by_peft(model),
-        start=on_file(module.adapter_config, start, "") if start else {},
-        ranks=None if module.geometry is None else module.geometry.ranks,
-        backbone=module.hparams["backbone"],
-        loading=dict(module.hparams),
+        config=config,
+        parameters=named_by_peft(steps.model),
+        start=on_file(config, start, "") if start else {},
+        ranks=None if steps.geometry is None else steps.geometry.ranks,
+        loading=steps.origin.source,
     )
 
 
@@ -116,25 +132,26 @@ def _from_checkpoint(path: Path) -> _Trained:
     content = read_checkpoint(path)
     saved = content.get(CHECKPOINT_KEY)
     settings = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {}
-    if saved is None or "adapter" not in settings:
+    if saved is None:
         raise InvalidValueError(
-            f"{path}: expected a checkpoint of GritLitModule, got a file with {sorted(map(str, content))}. Take another one."
+            f"{path}: expected a checkpoint of GritLitModule, or of a module that calls GeometryHooks, got a file with "
+            f"{sorted(map(str, content))}. Take another one."
         )
     require_format(saved["format_version"], str(path))
     if content["global_step"] == 0:
         raise InvalidValueError(
             f"{path}: expected a trained adapter, got one of optimizer step 0. Export a checkpoint of a later step."
         )
-    config = get_peft_config(dict(settings["adapter"]))
-    state = {name.removeprefix(_MODEL_PREFIX): value for name, value in content["state_dict"].items()}
-    start = saved.get("start") or {}
+    config, start = get_peft_config(dict(saved["adapter"])), saved.get("start") or {}
+    loading = saved.get("model") or {"prefix": "model.", **settings}  # early checkpoints are all of GritLitModule
+    prefix: str = loading["prefix"]
+    state = {name.removeprefix(prefix): v for name, v in content["state_dict"].items() if name.startswith(prefix)}
     return _Trained(
         config=config,
-        parameters=on_file(config, state, settings["backbone"], settings.get("revision")),
+        parameters=on_file(config, state, loading["backbone"], loading.get("revision")),
         start=on_file(config, start, "") if start else {},
         ranks=saved["ranks"],
-        backbone=settings["backbone"],
-        loading=settings,
+        loading=loading,
         steps=content["global_step"],
         notes=RunNotes.beside(path),
     )
@@ -148,11 +165,9 @@ def _locate(backbone: str) -> BackboneSource:
         return BackboneSource("folder", backbone)
 
 
-def _write_merged(
-    source: GritLitModule | str | os.PathLike[str], trained: _Trained, adapter: CompactAdapter, folder: Path
-) -> None:
-    if isinstance(source, GritLitModule):
-        backbone = copy.deepcopy(source.peft_model).unload()
+def _write_merged(model: PeftModel | None, trained: _Trained, adapter: CompactAdapter, folder: Path) -> None:
+    if model is not None:
+        backbone = copy.deepcopy(model).unload()
         adapter = compact(trained.config, trained.parameters)  # whose start is missing in this backbone already
     elif trained.backbone:
         loading: dict[str, Any] = {name: trained.loading.get(name) for name in _LOADING}
@@ -160,7 +175,7 @@ def _write_merged(
     else:
         raise InvalidValueError(
             "The checkpoint: expected the name of a backbone to merge into, got none, since the model was given in memory. "
-            "Merge from the module: export_adapter(module, output, merge=True)."
+            "Merge from the module: export_adapter(module, output, merge=True), or from its GeometryHooks."
         )
     merge_into(backbone, adapter).save_pretrained(folder)
     _write_tokenizer(trained, folder)

@@ -45,6 +45,22 @@ def test_two_processes_train_the_model_of_one(kind: str, one: dict[str, Any], fo
     assert bool(two["val/loss"].isfinite())
 
 
+def test_two_processes_train_a_module_of_somebody_else(found: Found, worker: ModuleType, results: Path) -> None:
+    one, *two = worker.own("one", results / "backbone"), found("own-ddp", 0), found("own-ddp", 1)
+    assert min(one["ranks"].values()) < 8
+    for part in ("Σ_a", "Σ_g", "weights"):
+        assert worker.runs.largest_difference(one[part], two[0][part]) < ROUNDING, part
+        assert worker.runs.largest_difference(two[0][part], two[1][part]) == 0.0, part
+    assert one["ranks"] == two[0]["ranks"] == two[1]["ranks"]
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_module_of_somebody_else_is_not_sharded(kind: str, found: Found) -> None:
+    assert found(f"own-{kind}")["refused"].startswith(
+        "trainer.strategy: expected ddp or one device for a module of your own"
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_replicas_are_equal_to_the_bit(kind: str, found: Found, worker: ModuleType) -> None:
     assert worker.runs.replicas_agree(found(f"train-{kind}", 0), found(f"train-{kind}", 1))

@@ -16,6 +16,8 @@ from unittest import mock
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -23,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import in_step  # type: ignore[import-not-found]
 import processes as runs  # type: ignore[import-not-found]
 
+from grit_lightning import GeometryConfig, GeometryHooks
+from grit_lightning.backbones import load_backbone
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, StopOnSignal
 from grit_lightning.checkpoints.adapter_state import trained_parameters
 from grit_lightning.distributed import strategies
@@ -47,8 +51,12 @@ class Unfinished(pl.Callback):
     state: dict[str, Any] | None = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == 1 and self.state is None and pl_module.window.micro_batches == self.half(trainer):
-            window = pl_module.window.state_dict(trained_parameters(pl_module))
+        if (
+            trainer.global_step == 1
+            and self.state is None
+            and pl_module.hooks.steps.window.micro_batches == self.half(trainer)
+        ):
+            window = pl_module.hooks.steps.window.state_dict(trained_parameters(pl_module))
             self.state = {"geometry": pl_module.geometry.state_dict(), "window": window}
 
     @staticmethod
@@ -106,6 +114,51 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
         "read": read.call_count,
         "outside": outside,
         "dtypes": sorted(dtypes),
+    }
+
+
+class Own(pl.LightningModule):
+    """A module of somebody else that calls the hooks."""
+
+    def __init__(self, backbone: Path) -> None:
+        super().__init__()
+        lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        self.model = get_peft_model(load_backbone(str(backbone), dtype="float32"), lora).train()
+        self.hooks = GeometryHooks(self, self.model, GeometryConfig(**OFTEN))
+        self.geometry = self.hooks.geometry
+
+    def configure_optimizers(self) -> Any:
+        return self.hooks.connect(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3))
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.hooks.start_micro_batch(batch["attention_mask"], (batch["labels"][:, 1:] != -100).sum())
+        return self.hooks.take_loss(self.model(**batch, use_cache=False).loss)
+
+    def on_after_backward(self) -> None:
+        self.hooks.on_after_backward()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.hooks.on_before_optimizer_step(optimizer)
+
+    def on_train_end(self) -> None:
+        self.hooks.on_train_end()
+
+
+def own(kind: str, backbone: Path) -> dict[str, Any]:
+    """Train a module of somebody else; what it has come to, or why it is refused."""
+    pl.seed_everything(7, verbose=False)
+    module = Own(backbone)
+    callbacks = [Reprojection("balanced", every_n_steps=2), RankAdaptation(every_n_steps=2, threshold=0.9, min_rank=1)]
+    try:
+        runs.make_trainer(kind, callbacks=callbacks).fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
+    except MisconfigurationException as error:
+        return {"refused": str(error)}
+    views = module.geometry.layers
+    return {
+        "weights": {name: p.detach().clone() for name, p in trained_parameters(module).items()},
+        "Σ_a": {name: view.a_cov.clone() for name, view in views.items()},
+        "Σ_g": {name: view.g_cov.clone() for name, view in views.items()},
+        "ranks": module.geometry.ranks,
     }
 
 
@@ -231,6 +284,7 @@ def cases(out: Path) -> dict[str, Any]:
         found[f"count-{kind}"] = partial(runs.count, kind, backbone)
         found[f"generated-{kind}"] = partial(generated, kind, backbone)
         found[f"resumed-{kind}"] = partial(saved_and_resumed, kind, backbone, out / f"{kind}-2", 2, resume=start)
+        found[f"own-{kind}"] = partial(own, kind, backbone)
     found["window"] = partial(window, "ddp", backbone)
     found["whole"] = partial(saved_and_resumed, "ddp", backbone, out / "whole", 3)
     found["begun"] = stopped_and_resumed

@@ -202,7 +202,7 @@ def test_hub_backbone_is_named_for_the_hub(
     revision: str | None, load: str, checkpoint: Path, tmp_path: Path, edit: Edit
 ) -> None:
     settings = {"backbone": "some/model", "revision": revision, "quantization": "nf4"}
-    edit(checkpoint, lambda content: content["hyper_parameters"].update(settings))
+    edit(checkpoint, lambda content: content["grit"]["model"].update(settings))
     export_adapter(checkpoint, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/model", revision)

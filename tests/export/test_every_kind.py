@@ -157,7 +157,7 @@ def test_what_no_checkpoint_could_give_back_is_refused_before_training(
 
 def test_another_start_is_refused_on_resume(backbone: Path, tmp_path: Path, save: Save) -> None:
     module = trained(backbone, SLICED["pissa"])
-    for value in module.packer.start.values():
+    for value in module.hooks.steps.packer.start.values():
         value.mul_(1.1)
     with pytest.raises(ValueError, match="expected the start that the checkpoint was trained from"):
         GritLitModule.load_from_checkpoint(save(module, tmp_path / "c.ckpt"), weights_only=True)

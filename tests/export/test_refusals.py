@@ -40,7 +40,10 @@ def _beyond_its_rank(content: dict[str, Any]) -> None:
 BAD_CONTENT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "step 0": (lambda c: c.update(global_step=0), "expected a trained adapter, got one of optimizer step 0"),
     "B zero": (_without_training, "expected trained weights, got a B of zeros in every layer"),
-    "not grit": (lambda c: c.pop("grit"), "expected a checkpoint of GritLitModule, got a file with ["),
+    "not grit": (
+        lambda c: c.pop("grit"),
+        "or of a module that calls GeometryHooks, got a file with [",
+    ),
     "other version": (lambda c: c["grit"].update(format_version=99), "got 99. Resume it with"),
     "contradiction": (_beyond_its_rank, "expected zeros in B beyond its effective rank 1, got a column"),
     "diverged": (
@@ -114,7 +117,7 @@ def test_missing_backbone_matters_only_for_merging(
     edit: Edit,
     refused: Refused,
 ) -> None:
-    edit(checkpoint, lambda content: content["hyper_parameters"].update(backbone="/no/such/backbone"))
+    edit(checkpoint, lambda content: content["grit"]["model"].update(backbone="/no/such/backbone"))
     words = (f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'out'}")
     assert "/no/such/backbone" in refused(*words, "--merge")
     main(["export", *words])

@@ -60,7 +60,7 @@ def test_true_half_precision_rounds_no_state_of_the_geometry(
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        module.geometry = RankSpaceGeometry(module.peft_model, config)
+        module.geometry = module.hooks.steps.geometry = RankSpaceGeometry(module.peft_model, config)
     finally:
         torch.set_default_dtype(default)
     module.optimizer_factory = lambda parameters: EigenbasisAdam(parameters, lr=0.0)
