@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -30,10 +31,14 @@ def commands(program: str) -> list[list[str]]:
     return [words[1:] for words in lines if words and words[0] == program]
 
 
+OWN_FILE = [words for words in commands("grit") if "mine.jsonl" in words or "--ckpt_path" in words]
+
+
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert commands("pip") == [["install", "."]]  # what test_packaging does with the wheel
-    assert len(lines) == 1 + len(commands("make")) + len(commands("grit")) == 4
+    assert len(lines) == 1 + len(commands("make")) + len(commands("grit")) == 9
+    assert [words[0] for words in OWN_FILE] == ["data", "plan", "fit", "test", "export"]
 
 
 @pytest.mark.parametrize("words", commands("make"), ids=" ".join)
@@ -45,7 +50,22 @@ def test_make_targets_exist(words: list[str]) -> None:
     assert "pytest" in dry_run.stdout or "grit fit" in dry_run.stdout
 
 
-@pytest.mark.parametrize("words", commands("grit"), ids=" ".join)
+def test_the_commands_for_your_own_file_lead_from_it_to_an_adapter(
+    tiny_backbone_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(24)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = [f"--model.backbone={tiny_backbone_dir}", "--model.dtype=float32", "--trainer.max_steps=2"]
+    tiny += ["--trainer.log_every_n_steps=1", "--model.generation=null"]
+    for words in OWN_FILE:
+        main([*words, *(tiny if "mine.jsonl" in words else [])])
+    shown = capsys.readouterr().out
+    assert "training row 1 of" in shown
+    assert "Run finished" in shown
+    assert Path("mine/adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("words", [words for words in commands("grit") if words not in OWN_FILE], ids=" ".join)
 def test_grit_commands_train(words: list[str], tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*words, *tiny, "--trainer.fast_dev_run=2"])
     assert "Run finished" in capsys.readouterr().out
