@@ -151,9 +151,9 @@ def main(backbone: str, steps: int, optim: str, folder: Path) -> None:
         train_dataset=sums(tokenizer, 8 * steps),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         optimizer_cls_and_kwargs=(EigenbasisAdam, {"lr": 2e-3}) if optim == "eigenbasis" else None,
-        geometry=GeometryConfig(kfac_update_freq=2, kfac_min_samples=16),
-        reprojection=Reprojection("balanced", every_n_steps=max(steps // 2, 1)),
-        ranks=RankAdaptation("balanced", every_n_steps=max(steps // 2, 1), threshold=0.99, min_rank=1),
+        geometry=GeometryConfig(kfac_update_freq=max(steps // 8, 1)),
+        reprojection=Reprojection(every_n_steps=max(steps // 2, 1)),
+        ranks=RankAdaptation(every_n_steps=max(steps // 2, 1), threshold=0.95, min_rank=1),
     )
     trainer.train()
     exported = export_adapter(trainer.steps, folder / "adapter")

@@ -57,7 +57,7 @@ class SumsModule(L.LightningModule):
         super().__init__()
         adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = get_peft_model(load_backbone(backbone), adapter).train()
-        self.hooks = GeometryHooks(self, self.model, GeometryConfig(kfac_update_freq=2, kfac_min_samples=16))
+        self.hooks = GeometryHooks(self, self.model, GeometryConfig(kfac_update_freq=5))
         self.geometry = self.hooks.geometry  # where the callbacks look for it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -89,10 +89,11 @@ class SumsModule(L.LightningModule):
 
 
 def train(backbone: str, data: Sums, epochs: int, folder: Path, resume: Path | None = None) -> Path:
+    half = len(data.rows) // 16  # optimizer steps of half an epoch
     callbacks = [
-        Reprojection("balanced", every_n_steps=4),
-        RankAdaptation("balanced", every_n_steps=4, threshold=0.99, min_rank=1),
-        SpectraLogger(every_n_steps=4, per_layer=False),
+        Reprojection(every_n_steps=half),
+        RankAdaptation(every_n_steps=half, threshold=0.95, min_rank=1),
+        SpectraLogger(every_n_steps=half, per_layer=False),
     ]
     trainer = L.Trainer(
         max_epochs=epochs,

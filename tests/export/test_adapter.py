@@ -210,3 +210,14 @@ def test_hub_backbone_is_named_for_the_hub(
     assert yaml.safe_load(readme.split("---")[1])["base_model"] == "some/model"
     assert f"AutoModelForCausalLM.from_pretrained({load})" in readme
     assert "on `some/model` (nf4) for 7 optimizer steps" in readme
+
+
+def test_a_checkpoint_that_does_not_name_its_model_is_one_of_grit_lit_module(
+    checkpoint: Path, tmp_path: Path, edit: Edit
+) -> None:
+    """As early ones do, whose hyperparameters say what was adapted."""
+    export_adapter(checkpoint, tmp_path / "new")
+    edit(checkpoint, lambda content: content["grit"].pop("model"))
+    export_adapter(checkpoint, tmp_path / "early")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "early" / name).read_bytes()
