@@ -189,8 +189,8 @@ class RunRecord(Callback):
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: str, error: str | None = None) -> None:
         if trainer.barebones or not trainer.is_global_zero:
             return
-        result = {"status": status, "error": error, "metrics": self._metrics(trainer)}
-        result |= {"majority_class": self._majority_answers}
+        result: dict[str, Any] = {"status": status, "error": error, "metrics": self._metrics(trainer)}
+        result["majority_class"] = self._majority_answers
         timer = _step_timer(trainer)
         self.summary = result | _adapter(pl_module) | _times(timer) | self._circumstances(trainer, pl_module)
         for callback in _callbacks(trainer):

@@ -57,7 +57,7 @@ def majority_scores(datamodule: object, stage: Literal["val", "test"], answers: 
         stage: Which split.
         answers: What `majority_answers` returned; tasks that are not in it, or have other choices, are left out.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for name, task in _tasks_of_closed_answers(datamodule).items():
         metrics = task.metrics()
         if answers.get(name) in task.choices and metrics is not None:
