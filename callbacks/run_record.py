@@ -17,6 +17,7 @@ from torch import nn
 
 from grit_lightning.callbacks.step_timer import StepTimer
 from grit_lightning.errors import require
+from grit_lightning.evaluation.majority_class import majority_answers, majority_scores
 from grit_lightning.geometry.sites import count_trainable
 from grit_lightning.runs import provenance
 from grit_lightning.runs.atomic import write_json
@@ -50,7 +51,10 @@ class RunRecord(Callback):
 
     - `status`: `finished`, `failed`, `interrupted`, or `evaluated` if nothing was trained; `error`: the
       exception's type and message.
-    - `metrics`: `before`, `after` (keys `val/…`, `test/…`) and `train` (keys `train/…`, the last logged).
+    - `metrics`: `before`, `after` (keys `val/…`, `test/…`), `train` (keys `train/…`, the last logged) and, for closed
+      answers, `majority`: the scores, on the same rows, of always giving the answer that is the most frequent one among the
+      training rows. It is left out if the Trainer evaluates on a part of the rows (`limit_val_batches`).
+    - `majority_class`: that answer, by the task's name in a mixture, by an empty name otherwise.
     - `trainable_parameters`, `effective_parameters`: numbers of the adapter as trained, and at its effective ranks.
     - `ranks`: effective rank by layer; `mean_rank`; `mean_rank_by_type`: by the last part of the layer's name.
     - `reprojection_count`; `counters`: the geometry's events by name.
@@ -86,6 +90,8 @@ class RunRecord(Callback):
         self._path: Path | None = None
         self._before: dict[str, Any] = {}
         self._after: dict[str, Any] = {}
+        self._majority: dict[str, Any] = {}
+        self._majority_answers: dict[str, str] = {}
         self._fitted = self._table_due = False
         self._wall_seconds = 0.0  # of the fits that have ended
         self._fit_started: float | None = None
@@ -100,6 +106,7 @@ class RunRecord(Callback):
         self._fitted = True
         self._fit_started = time.perf_counter()
         self._after = {}
+        self._majority_answers = majority_answers(_datamodule(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On resume, leave each step in metrics.jsonl once."""
@@ -112,16 +119,17 @@ class RunRecord(Callback):
         """Write the summary; the table waits for `teardown`."""
         self._stop_clock()
         self._after |= _evaluated(trainer)
+        self._score_majority(trainer, "val")
         self._write(trainer, pl_module, "finished")
         self._table_due = self.table == "fit_end"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the metrics and write the summary, unless the fit does that when it ends."""
-        self._on_evaluation_end(trainer, pl_module)
+        self._on_evaluation_end(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the metrics and write the summary."""
-        self._on_evaluation_end(trainer, pl_module)
+        self._on_evaluation_end(trainer, pl_module, "test")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the summary of a run that did not reach its end; one whose checkpoint was refused keeps the summary it had."""
@@ -150,27 +158,39 @@ class RunRecord(Callback):
         self._before = {**state_dict["before"], **self._before}
         self._wall_seconds = state_dict["wall_seconds"]
 
-    def _on_evaluation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _on_evaluation_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Literal["val", "test"]
+    ) -> None:
         if trainer.state.fn == TrainerFn.FITTING or trainer.barebones:
             return
         metrics = self._after if self._fitted or trainer.ckpt_path is not None else self._before
         metrics |= _evaluated(trainer)
         if not self._fitted and self._path is not None and self._path.exists():
-            self._add_metrics_to(self._path)
+            self._add_metrics_to(self._path, trainer, stage)
             return
+        self._score_majority(trainer, stage)
         self._write(trainer, pl_module, str(self.summary.get("status", "evaluated")), self.summary.get("error"))
         self._table_due = self._fitted and self.table == "evaluation_end"
 
-    def _add_metrics_to(self, path: Path) -> None:
+    def _add_metrics_to(self, path: Path, trainer: pl.Trainer, stage: Literal["val", "test"]) -> None:
         self.summary = json.loads(path.read_text(encoding="utf-8"))
-        for when, metrics in (("before", self._before), ("after", self._after)):
-            self.summary["metrics"][when] |= metrics
+        self._majority_answers = self.summary.setdefault("majority_class", {})
+        self._score_majority(trainer, stage)
+        for when, found in (("before", self._before), ("after", self._after), ("majority", self._majority)):
+            self.summary["metrics"][when] = self.summary["metrics"].get(when, {}) | found
         write_json(path, self.summary)
+
+    def _score_majority(self, trainer: pl.Trainer, stage: Literal["val", "test"]) -> None:
+        """Score the baseline on the rows that the model is scored on, if these are all of the split."""
+        evaluated = trainer.limit_val_batches if stage == "val" else trainer.limit_test_batches
+        if evaluated == 1.0 and isinstance(evaluated, float):  # as an integer, 1 is one batch
+            self._majority |= majority_scores(_datamodule(trainer), stage, self._majority_answers)
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: str, error: str | None = None) -> None:
         if trainer.barebones or not trainer.is_global_zero:
             return
-        result = {"status": status, "error": error, "metrics": self._metrics(trainer)}
+        result: dict[str, Any] = {"status": status, "error": error, "metrics": self._metrics(trainer)}
+        result["majority_class"] = self._majority_answers
         timer = _step_timer(trainer)
         self.summary = result | _adapter(pl_module) | _times(timer) | self._circumstances(trainer, pl_module)
         for callback in _callbacks(trainer):
@@ -182,7 +202,12 @@ class RunRecord(Callback):
     def _metrics(self, trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
         train = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
         train = train or self.summary.get("metrics", {}).get("train", {})
-        return {"before": dict(self._before), "after": dict(self._after), "train": train}
+        return {
+            "before": dict(self._before),
+            "after": dict(self._after),
+            "majority": dict(self._majority),
+            "train": train,
+        }
 
     def _circumstances(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         commit, dirty = provenance.git_state()
@@ -211,6 +236,10 @@ class RunRecord(Callback):
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
     return callbacks
+
+
+def _datamodule(trainer: pl.Trainer) -> object:
+    return trainer.datamodule  # type: ignore[attr-defined]  # set outside the Trainer's __init__
 
 
 def _step_timer(trainer: pl.Trainer) -> StepTimer | None:

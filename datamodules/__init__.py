@@ -6,6 +6,7 @@ from grit_lightning.datamodules.boolq import BoolQDataModule as BoolQDataModule
 from grit_lightning.datamodules.classification import ClassificationDataModule as ClassificationDataModule
 from grit_lightning.datamodules.dolly import DollyDataModule as DollyDataModule
 from grit_lightning.datamodules.gsm8k import GSM8KDataModule as GSM8KDataModule
+from grit_lightning.datamodules.imdb import IMDbDataModule as IMDbDataModule
 from grit_lightning.datamodules.instruction import InstructionDataModule as InstructionDataModule
 from grit_lightning.datamodules.mixture import MixtureDataModule as MixtureDataModule
 from grit_lightning.datamodules.pipeline.rows import RowsDataModule as RowsDataModule

@@ -44,6 +44,23 @@ class HasMetrics(Protocol):
 
 
 @runtime_checkable
+class HasClosedAnswers(Protocol):
+    """A task whose answers are classes, for the baseline that ends a run's table.
+
+    Attributes:
+        choices: The closed answers in class order; empty for free answers.
+    """
+
+    choices: Sequence[str]
+
+    def examples(self, split: Literal["train", "validation", "test"]) -> datasets.Dataset:
+        """Return at least the column `target` of a split that is set up: the class of each row."""
+
+    def metrics(self) -> MetricCollection | None:
+        """Return the metrics of its answers."""
+
+
+@runtime_checkable
 class HasTasks(Protocol):
     """A mixture: several tasks, each with its own evaluation loader, in this order.
 

@@ -13,6 +13,8 @@ _UNKNOWN = "—"
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Lay out a run's summary: task metrics before and after, what was forgotten, parameters, ranks, times, memory.
 
+    Closed answers have a third column, to read the others by: what always giving the most frequent answer would score.
+
     Args:
         summary: What `RunRecord` writes to summary.json.
     """
@@ -20,9 +22,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    before, after = summary["metrics"]["before"], summary["metrics"]["after"]
+    before, after, majority = (summary["metrics"][name] for name in ("before", "after", "majority"))
+    if majority:
+        table.add_column(_always(summary["majority_class"]), justify="right")
     for key in sorted({*before, *after}):
-        table.add_row(key, _shown(before.get(key), "{:.4f}".format), _shown(after.get(key), "{:.4f}".format))
+        columns = (before, after, majority) if majority else (before, after)
+        table.add_row(key, *(_shown(column.get(key), "{:.4f}".format) for column in columns))
     _add_forgetting(table, summary.get("forgetting", {}))
     table.add_section()
     trainable, effective = summary["trainable_parameters"], summary["effective_parameters"]
@@ -51,6 +56,11 @@ def _add_forgetting(table: Table, probes: Mapping[str, Any]) -> None:
             interval = row["interval"] and "{:+.4f} … {:+.4f}".format(*row["interval"])
             change = _shown(row["delta"], "{:+.4f}".format)
             table.add_row(f"  change, {row['confidence']:.0%} interval", interval or _UNKNOWN, change)
+
+
+def _always(answers: Mapping[str, str]) -> str:
+    """Return the heading of the baseline's column: the answer of a single task, as a mixture has several."""
+    return f"always “{answers['']}”" if "" in answers else "majority class"
 
 
 def _shown(value: Any, form: Callable[[Any], str]) -> str:

@@ -29,6 +29,7 @@ KEYS = {
     "status",
     "error",
     "metrics",
+    "majority_class",
     "trainable_parameters",
     "effective_parameters",
     "ranks",

@@ -1,4 +1,4 @@
-"""A tiny model and a few BoolQ rows as command-line words, and the program run inside the test's own folder."""
+"""A tiny model and a few rows of BoolQ and of IMDb as command-line words, and the program run inside the test's own folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def _own_folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="session")
 def boolq_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 16 training and 8 validation questions in the hub's schema."""
+    """A folder with 16 training and twice 8 other rows, which are BoolQ's and IMDb's, the demo's task, at once."""
     folder = tmp_path_factory.mktemp("boolq")
-    for split, count in (("train", 16), ("validation", 8)):
+    for split, count in (("train", 16), ("validation", 8), ("test", 8)):
         rows = [{"question": f"is {n} even", "passage": f"It is {n}.", "answer": n % 2 == 0} for n in range(count)]
+        rows = [row | {"text": row["passage"], "label": int(row["answer"])} for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -59,7 +60,7 @@ def on_task(
 
 @pytest.fixture(scope="session")
 def tiny(tiny_backbone_dir: Path, boolq_dir: Path) -> list[str]:
-    """Words that turn any shipped configuration into seconds of work: a tiny float32 model, 24 questions, no bars."""
+    """Words that turn any shipped configuration into seconds of work: a tiny float32 model, 24 rows, no bars."""
     return [
         f"--model.backbone={tiny_backbone_dir}",
         "--model.dtype=float32",

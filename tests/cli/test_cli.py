@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -62,7 +63,9 @@ def build_only(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> GritCLI:
 # One run, one folder.
 
 
-def test_a_run_writes_everything_into_its_folder(grit: Grit, tmp_path: Path) -> None:
+def test_a_run_writes_everything_into_its_folder(
+    grit: Grit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grit("fit", "--output=runs/a")
     names = {path.name for path in Path("runs/a").iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"} <= names
@@ -71,7 +74,13 @@ def test_a_run_writes_everything_into_its_folder(grit: Grit, tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", "cache"}
     summary = json.loads(Path("runs/a/summary.json").read_text())
     assert summary["status"] == "finished"
-    assert {"val/accuracy", "val/loss"} <= set(summary["metrics"]["before"]) & set(summary["metrics"]["after"])
+    metrics = summary["metrics"]
+    assert {"val/accuracy", "val/loss"} <= set(metrics["before"]) & set(metrics["after"])
+    assert set(metrics["before"]) - set(metrics["majority"]) == {"val/loss"}
+    shown = capsys.readouterr().out
+    scores = [f"{metrics[column]['val/f1']:.4f}" for column in ("before", "after", "majority")]
+    assert re.search(r"before .* after .* always “negative”", shown)
+    assert re.search("val/f1 .* " + " .* ".join(scores), shown)
 
 
 def test_config_yaml_repeats_the_run_bit_for_bit(grit: Grit) -> None:
@@ -191,7 +200,13 @@ def test_testing_a_checkpoint_adds_to_its_run(boolq_dir: Path) -> None:
 )
 def test_a_checkpoint_alone_is_tested_with_the_settings_of_its_run(words: list[str]) -> None:
     main(["test", *words])
-    assert {"val/accuracy", "test/accuracy"} <= set(json.loads(Path("a/summary.json").read_text())["metrics"]["after"])
+    summary = json.loads(Path("a/summary.json").read_text())
+    metrics, scores = summary["metrics"], {"val/accuracy", "val/macro_f1", "test/accuracy", "test/macro_f1"}
+    assert scores <= set(metrics["after"])
+    assert summary["majority_class"] == {"": "negative"}  # half of the rows are: of equally frequent ones the first
+    assert {name: metrics["majority"][name] for name in scores} == pytest.approx(
+        {name: 1 / 2 if "accuracy" in name else 1 / 3 for name in scores}
+    )
     assert {path.name for path in Path().iterdir()} <= {"a", "cache"}  # not where config.yaml says it was trained
 
 
@@ -306,7 +321,7 @@ def test_any_peft_config_trains(
         (("--model.geometry=null",), "Reprojection: expected a module with a rank-space geometry"),
         (("--data.max_length=129",), "129"),
         (("--data.source=nowhere",), "got 'nowhere', which does not exist"),
-        (("--data.columns={question: missing}",), "missing"),
+        (("--data.columns={text: missing}",), "missing"),
         (("--without=[Nonesuch]",), "callbacks, ['Reprojection', 'RankAdaptation', 'SpectraLogger'], got ['Nonesuch']"),
         (("--ckpt_path=nowhere.ckpt",), "--ckpt_path: expected a checkpoint, got nowhere.ckpt, which does not exist"),
         (("--data.seed=3",), "data.seed: expected the seed of the run, 42, got 3. Set seed_everything"),

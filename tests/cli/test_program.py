@@ -39,7 +39,7 @@ WRONG = {
     "export --output b": "the following arguments are required: --ckpt_path",
     "export --output b --ckpt_path no.ckpt": "--ckpt_path: expected a checkpoint, got no.ckpt, which does not exist.",
     "export --output b --ckpt_path last": "--ckpt_path last: expected --output or --config to name the run, got neither.",
-    "prepare --task gsm": "--task: expected one of alpaca, boolq, dolly, gsm8k, qnli, got 'gsm'. Did you mean `gsm8k`?",
+    "prepare --task gsm": "--task: expected one of alpaca, boolq, dolly, gsm8k, imdb, qnli, got 'gsm'. Did you mean `gsm8k`?",
     "eval-harness --adapter a --task b": "--task: there is no such option. Did you mean `--tasks`?",
 }
 SHOWN = ("--help", "--version", "export --help", "prepare --help", "eval-harness --help")

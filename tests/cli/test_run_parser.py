@@ -32,7 +32,7 @@ WRONG = {
     "--model.trim_logit=true": "model.trim_logit: GritLitModule has no such setting. Did you mean `model.trim_logits`?",
     "--model.geometry.kfac_dampin=1": "GeometryConfig has no such setting. Did you mean `model.geometry.kfac_damping`?",
     "--model.adapter.lora_alph=1": "LoraConfig has no such setting. Did you mean `model.adapter.lora_alpha`?",
-    "--data.max_lengh=5": "BoolQDataModule has no such setting. Did you mean `data.max_length`?",
+    "--data.max_lengh=5": "IMDbDataModule has no such setting. Did you mean `data.max_length`?",
     "--trainer.callbacks.every_n_stps=5": "SpectraLogger has no such setting. Did you mean `trainer.callbacks.every_n_steps`?",
     "--config=setting.yaml": "trainer.callbacks.every_n_step: Reprojection has no such setting.",
     # classes

@@ -14,6 +14,7 @@ from grit_lightning.datamodules import (
     BoolQDataModule,
     DollyDataModule,
     GSM8KDataModule,
+    IMDbDataModule,
     QNLIDataModule,
     TaskDataModule,
 )
@@ -73,6 +74,14 @@ CASES = {
         learnt=lambda n: " yes" if n % 3 > 0 else " no",
         required="passage",
         test_on="validation",
+        measured=CLASSES,
+    ),
+    "imdb": TaskCase(
+        cls=IMDbDataModule,
+        row=lambda n: {"text": f"Part {n} is the best.<br />See it.", "label": n % 3 % 2},
+        learnt=lambda n: " positive" if n % 3 == 1 else " negative",
+        required="text",
+        test_on="test",
         measured=CLASSES,
     ),
     "qnli": TaskCase(

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
 from grit_lightning import GeometryConfig, GritLitModule
@@ -41,7 +42,9 @@ def batches(module: TaskDataModule, epoch: int = 0) -> list[dict[str, Tensor]]:
         warnings.filterwarnings(
             "ignore", message=".*fork", category=DeprecationWarning
         )  # Python 3.12 on forked workers
-        return list(loader)
+        found = list(loader)
+    CombinedLoader(loader).reset()  # ends the workers as the Trainer does; left to the garbage, they take 20 seconds
+    return found
 
 
 def loader_of(module: TaskDataModule) -> ResumableLoader:

@@ -22,9 +22,9 @@ OVERLAYS = {"ddp": ["--config=strategy/ddp"], "fsdp": ["--config=strategy/fsdp"]
 @pytest.fixture(scope="module")
 def words(tiny_backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of a run whose epoch has two optimizer steps of 8 rows; it saves at the end of each."""
-    data = tmp_path_factory.mktemp("questions")
-    for split, count in (("train", 16), ("validation", 4)):
-        rows = [{"question": f"is {n} even", "passage": f"It is {n}.", "answer": n % 2 == 0} for n in range(count)]
+    data = tmp_path_factory.mktemp("reviews")
+    for split, count in (("train", 16), ("validation", 4), ("test", 4)):
+        rows = [{"text": f"It is {n}.", "label": n % 2} for n in range(count)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [
         f"--model.backbone={tiny_backbone_dir}",
