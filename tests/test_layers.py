@@ -25,6 +25,7 @@ FLOORS = (
     ("preflight", "optimization"),
     ("module",),
     ("datamodules",),
+    ("planning",),
     ("forgetting",),
     ("telemetry",),
     ("callbacks",),
