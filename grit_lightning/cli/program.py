@@ -14,6 +14,7 @@ from itertools import groupby
 from grit_lightning import __version__
 from grit_lightning.cli.eval_harness import harness_command
 from grit_lightning.cli.export import export_command
+from grit_lightning.cli.plan import plan_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run_words import SUBCOMMANDS, settle
 from grit_lightning.cli.terminal import (
@@ -26,8 +27,14 @@ from grit_lightning.configs import shipped_configs
 from grit_lightning.errors import did_you_mean
 from grit_lightning.runs.signals import ended_by_signals
 
-COMMANDS = {"export": export_command, "prepare": prepare_command, "eval-harness": harness_command}
+COMMANDS = {
+    "plan": plan_command,
+    "export": export_command,
+    "prepare": prepare_command,
+    "eval-harness": harness_command,
+}
 PURPOSES = SUBCOMMANDS | {
+    "plan": "Say what a run will take, before it is started: memory, steps, checkpoint; with --measure its time.",
     "export": "Write a trained adapter for plain PEFT and transformers, or merge it into the model.",
     "prepare": "Download a task's data, check them, and write them into a folder.",
     "eval-harness": "Evaluate a trained adapter with EleutherAI's lm-evaluation-harness.",

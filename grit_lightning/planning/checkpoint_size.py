@@ -24,7 +24,7 @@ def file_size(content: Any, mode: FakeTensorMode | None = None) -> int:
     """
     fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with fake, skip_data(materialize_fake_tensors=True), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "content")
+        path = Path(folder, "archive")  # what torch calls the content of a file that is opened already
         torch.save(tree_map_only(Tensor, _with_bytes, content), path)
         return path.stat().st_size
 

@@ -34,7 +34,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = (), kind_of: Callable[[Tensor], str] = _one_kind) -> None:
         """Begin with nothing but what is known."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # in torch
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self._kind_of = kind_of
@@ -50,10 +50,11 @@ class LiveMemory(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.layout is torch.strided:
-                self._follow(result)
+                self.follow(result)
         return results
 
-    def _follow(self, tensor: Tensor) -> None:
+    def follow(self, tensor: Tensor) -> None:
+        """Count the memory behind a tensor until it is freed, unless it is counted or known already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._followed:

@@ -93,7 +93,9 @@ def quantised_weights(backbone: PreTrainedModel) -> dict[int, int]:
     """
     kept = set(get_keys_to_not_convert(backbone))
     layers = [
-        module for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D) and name not in kept
+        module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in kept
     ]
     return {id(layer.weight): packed_bytes(layer.weight) for layer in layers}
 

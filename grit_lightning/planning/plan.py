@@ -56,6 +56,7 @@ class Plan:
         dtype: Dtype of the backbone.
         batch: The micro-batch with the highest peak.
         logits: Bytes of logits, and of what has their shape, at that peak.
+        bound: Bytes of activations of the largest micro-batch that the settings allow.
         parts: Bytes by part on one device, as the settings have it.
         placements: Bytes by part of one process, by where and how: one device, DDP, FSDP, NF4.
         checkpoint: Bytes of a checkpoint.
@@ -67,19 +68,27 @@ class Plan:
     dtype: str
     batch: MicroBatch
     logits: int
+    bound: int
     parts: Parts
     placements: dict[str, Parts]
     checkpoint: int
 
 
 def plan_of(
-    module: GritLitModule, batches: Sequence[MicroBatch], precision: Precision, *, processes: int, accumulates: bool
+    module: GritLitModule,
+    batches: Sequence[MicroBatch],
+    largest: MicroBatch,
+    precision: Precision,
+    *,
+    processes: int,
+    accumulates: bool,
 ) -> Plan:
     """Count what a run takes, without reading a weight.
 
     Args:
         module: The module, its model not built yet; afterwards it has one without values.
-        batches: Shapes of micro-batches; the one with the highest peak counts.
+        batches: Shapes of micro-batches of the run; the one with the highest peak counts.
+        largest: The largest micro-batch that the settings allow.
         precision: Lightning's plugin of the run's precision.
         processes: Processes that DDP and FSDP are reckoned for.
         accumulates: Whether an optimizer step has several micro-batches.
@@ -94,22 +103,25 @@ def plan_of(
     optimizer = build_optimizer(module.optimizer_factory, list(trained), geometry)
     update = update_bytes(optimizer) or _update_with_values(module, trained)
     accepted = accepted_arguments(model)
-    inputs = [model_inputs(batch.content(), accepted, trim=module.trim_logits) for batch in batches]
+    shapes = dict.fromkeys([*batches, largest])
+    inputs = {shape: model_inputs(shape.content(), accepted, trim=module.trim_logits) for shape in shapes}
     with without_values(model, geometry) as mode:
-        peaks = []
-        for given in inputs:
-            context = precision.forward_context()
-            peaks.append(activation_bytes(model, geometry, given, mode, accumulates=accumulates, precision=context))
+        peaks = {
+            shape: activation_bytes(
+                *(model, geometry, given, mode), accumulates=accumulates, precision=precision.forward_context()
+            )
+            for shape, given in inputs.items()
+        }
         statistics = 0 if geometry is None else _statistics_bytes(geometry)
         checkpoint = _checkpoint_bytes(module, optimizer, mode)
-    at_peak, batch = max(zip(peaks, batches, strict=True), key=lambda peak: peak[0].total())
+    batch = max(batches, key=lambda shape: peaks[shape].total())
     nf4 = module.backbone_options["quantization"] == "nf4"
     dense = Parts(
         weights=weight_bytes(backbone, nf4=False),
         adapter=bytes_of(_tensors(model)) - bytes_of(_tensors(backbone)),
         optimizer=None if update is None else update.states,
         statistics=statistics,
-        activations=max(at_peak.total(), gradients + (0 if update is None else update.during)),
+        activations=max(peaks[batch].total(), gradients + (0 if update is None else update.during)),
     )
     packed = _packed(dense, backbone)
     return Plan(
@@ -118,7 +130,8 @@ def plan_of(
         backbone_parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         dtype=str(backbone.dtype).removeprefix("torch."),
         batch=batch,
-        logits=at_peak[LOGITS],
+        logits=peaks[batch][LOGITS],
+        bound=peaks[largest].total(),
         parts=packed if nf4 else dense,
         placements=_placements(dense, packed, backbone, processes, gradients, nf4),
         checkpoint=checkpoint,
@@ -136,7 +149,7 @@ def _placements(
 
 
 def _packed(dense: Parts, backbone: PreTrainedModel) -> Parts:
-    """The parts with linear layers in NF4: of all packed weights, one is unpacked while its layer computes."""
+    """Return the parts with linear layers in NF4: of all packed weights, one is unpacked while its layer computes."""
     weights = weight_bytes(backbone, nf4=True)
     return replace(dense, weights=weights, activations=dense.activations + unpacked_bytes(backbone))
 
@@ -151,8 +164,9 @@ def _build(module: GritLitModule, precision: Precision) -> PreTrainedModel:
             if not lacks_weights(error):
                 raise
             raise InvalidValueError(
-                f"model.adapter: expected one that can be attached without weights, got a {type(module.adapter_config).__name__} "
-                "that computes its start from them. Plan with another start (init_lora_weights: true), which takes as much."
+                "model.adapter: expected one that can be attached without weights, got a "
+                f"{type(module.adapter_config).__name__} that computes its start from them. Plan with another start "
+                "(init_lora_weights: true), which takes as much."
             ) from error
         backbone = empty_backbone(**module.backbone_options)
     precision.convert_module(module)

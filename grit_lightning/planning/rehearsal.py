@@ -98,7 +98,8 @@ def activation_bytes(
     inputs = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     token_mask = torch.ones_like(inputs["input_ids"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with LiveMemory(_tensors(model), kind_of) as memory:
+    memory = LiveMemory(_tensors(model), kind_of)
+    with memory:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         if geometry is not None:
@@ -139,8 +140,9 @@ def update_bytes(optimizer: Optimizer) -> UpdateMemory | None:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     known = [*parameters, *(parameter.grad for parameter in parameters)]
+    memory = LiveMemory(known)
     try:
-        with torch.no_grad(), LiveMemory(known) as memory:
+        with torch.no_grad(), memory:
             optimizer.step()
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         if any(not optimizer.state.get(parameter) for parameter in parameters):

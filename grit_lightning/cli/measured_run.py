@@ -1,0 +1,148 @@
+"""A few real steps of a run, for its time and its memory; nothing of them is kept."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from grit_lightning.cli.settings_only import WRITES_NOTHING, SettingsCLI, quietly
+from grit_lightning.planning.live_memory import LiveMemory
+from grit_lightning.planning.rehearsal import bytes_of
+
+WARM_UP = 1
+"""First optimizer steps that are not timed: they allocate, and compile kernels."""
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few steps took.
+
+    Attributes:
+        seconds_per_step: Median.
+        steps: Number of steps that were timed.
+        tensors: Bytes of all tensors alive at the peak of one more step.
+        device: Bytes that the process took at its peak beyond what it took before the model was loaded: of the GPU what
+            torch's allocator handed out, else of resident memory. None where the system does not say.
+    """
+
+    seconds_per_step: float
+    steps: int
+    tensors: int
+    device: int | None
+
+
+def measure(cli: SettingsCLI, steps: int) -> Measured:
+    """Train on the real data for a few steps, on one device, without callbacks, validation or files.
+
+    Args:
+        cli: The settings; its model is trained and not to be used afterwards.
+        steps: Optimizer steps to time.
+    """
+    watch = _Watch(steps)
+    ends = {"max_steps": WARM_UP + steps + 1, "max_epochs": -1, "min_steps": None, "min_epochs": None, "max_time": None}
+    nothing_else = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "fast_dev_run": False, "callbacks": [watch]}
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    with tempfile.TemporaryDirectory() as folder, quietly(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a run gives them; some are about these few steps only
+        settings = {**cli.trainer_settings, **WRITES_NOTHING, **ends, **nothing_else, **alone}
+        trainer = Trainer(**{**settings, "default_root_dir": folder})
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+    return Measured(statistics.median(watch.seconds), steps, watch.tensors, watch.device)
+
+
+class _Watch(Callback):
+    """Times some steps, and looks at the tensors of one more."""
+
+    def __init__(self, steps: int) -> None:
+        self.timed = range(WARM_UP, WARM_UP + steps)
+        self.seconds: list[float] = []
+        self.tensors = 0
+        self.device: int | None = None
+        gc.collect()
+        self._before = _resident("VmRSS")
+        self._memory: LiveMemory | None = None
+        self._watching = ExitStack()
+        self._there = 0
+        self._began = 0.0
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the peak of loading."""
+        gc.collect()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        elif _CLEAR.exists():
+            _CLEAR.write_text("5")  # Linux: let VmHWM start again from what is resident now
+        self._began = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to follow tensors when the timed steps are over."""
+        if trainer.global_step == self.timed.stop and self._memory is None:
+            self.device = self._peak(pl_module)
+            tensors = _lasting(trainer, pl_module)
+            self._there, self._memory = bytes_of(tensors), LiveMemory(tensors)
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    self._memory.follow(parameter.grad)
+            self._watching.enter_context(self._memory)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the time of a finished step, or the tensors of the last one."""
+        if trainer.global_step == self._step:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        now = time.perf_counter()
+        if self._step in self.timed:
+            self.seconds.append(now - self._began)
+        self._began, self._step = now, trainer.global_step
+        if self._memory is not None:
+            self._watching.close()
+            self.tensors = self._there + self._memory.peak
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop to follow tensors."""
+        self._watching.close()
+
+    def _peak(self, module: pl.LightningModule) -> int | None:
+        if module.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(module.device)
+        peak = _resident("VmHWM") if _CLEAR.exists() else None
+        return None if peak is None or self._before is None else peak - self._before
+
+
+def _lasting(trainer: pl.Trainer, module: pl.LightningModule) -> list[Tensor]:
+    """Tensors that outlive a step: model, statistics, states of the optimizer."""
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    kept = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    geometry: Any = module.geometry
+    groups = [] if geometry is None else geometry.groups
+    sums = [part for group in groups for part in vars(group.statistics).values() if hasattr(part, "tensors")]
+    kept += [tensor for part in sums for tensor in part.tensors()]
+    kept += [value for group in groups for value in vars(group.derived).values() if isinstance(value, Tensor)]
+    return [*module.parameters(), *module.buffers(), *kept]
+
+
+def _resident(field: str) -> int | None:
+    """Return a field of /proc/self/status in bytes; None where there is no such file."""
+    if not _STATUS.exists():
+        return None
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
