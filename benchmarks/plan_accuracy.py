@@ -70,9 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--steps", type=int, default=1, help="Timed optimizer steps a case.")
-    parser.add_argument("--json", type=Path, help="File for everything that was said.")
+    parser.add_argument(
+        "--json", type=Path, help="File for everything that was said; cases of it that do not run stay."
+    )
     given = parser.parse_args()
-    said: dict[str, dict[str, Any]] = {}
+    kept = given.json is not None and given.json.is_file()
+    said: dict[str, dict[str, Any]] = json.loads(given.json.read_text(encoding="utf-8")) if kept else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tiny(folder / "tiny")

@@ -1,4 +1,4 @@
-"""A few real steps of a run, for its time and its memory; nothing of them is kept."""
+"""A few real steps of a run and its largest micro-batch, for its time and its memory; nothing of them is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from grit_lightning.cli.settings_only import WRITES_NOTHING, SettingsCLI, quietly
 from grit_lightning.planning.live_memory import LiveMemory
-from grit_lightning.planning.rehearsal import bytes_of
+from grit_lightning.planning.rehearsal import MicroBatch, bytes_of
 
 WARM_UP = 1
 """First optimizer steps that are not timed: they allocate, and compile kernels."""
@@ -33,7 +32,7 @@ class Measured:
     Attributes:
         seconds_per_step: Median.
         steps: Number of steps that were timed.
-        tensors: Bytes of all tensors alive at the peak of one more step.
+        tensors: Bytes of all tensors alive at the peak of the planned micro-batch.
         device: Bytes that the process took at its peak beyond what it took before the model was loaded: of the GPU what
             torch's allocator handed out, else of resident memory. None where the system does not say.
     """
@@ -44,15 +43,19 @@ class Measured:
     device: int | None
 
 
-def measure(cli: SettingsCLI, steps: int) -> Measured:
+def measure(cli: SettingsCLI, steps: int, largest: MicroBatch) -> Measured:
     """Train on the real data for a few steps, on one device, without callbacks, validation or files.
+
+    Then a micro-batch of the planned shape goes forward and backward, so that its memory is measured and not that of the rows
+    that happened to come first.
 
     Args:
         cli: The settings; its model is trained and not to be used afterwards.
         steps: Optimizer steps to time.
+        largest: The planned micro-batch.
     """
-    watch = _Watch(steps)
-    ends = {"max_steps": WARM_UP + steps + 1, "max_epochs": -1, "min_steps": None, "min_epochs": None, "max_time": None}
+    watch = _Watch(largest)
+    ends = {"max_steps": WARM_UP + steps, "max_epochs": -1, "min_steps": None, "min_epochs": None, "max_time": None}
     nothing_else = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "fast_dev_run": False, "callbacks": [watch]}
     alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     with tempfile.TemporaryDirectory() as folder, quietly(), warnings.catch_warnings():
@@ -60,24 +63,20 @@ def measure(cli: SettingsCLI, steps: int) -> Measured:
         settings = {**cli.trainer_settings, **WRITES_NOTHING, **ends, **nothing_else, **alone}
         trainer = Trainer(**{**settings, "default_root_dir": folder})
         trainer.fit(cli.model, datamodule=cli.datamodule)
-    return Measured(statistics.median(watch.seconds), steps, watch.tensors, watch.device)
+    return Measured(statistics.median(watch.seconds[WARM_UP:]), steps, watch.tensors, watch.device)
 
 
 class _Watch(Callback):
-    """Times some steps, and looks at the tensors of one more."""
+    """Times every optimizer step, and looks at the memory of one more micro-batch."""
 
-    def __init__(self, steps: int) -> None:
-        self.timed = range(WARM_UP, WARM_UP + steps)
+    def __init__(self, largest: MicroBatch) -> None:
+        self.largest = largest
         self.seconds: list[float] = []
         self.tensors = 0
         self.device: int | None = None
         gc.collect()
         self._before = _resident("VmRSS")
-        self._memory: LiveMemory | None = None
-        self._watching = ExitStack()
-        self._there = 0
         self._began = 0.0
-        self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the peak of loading."""
@@ -85,45 +84,43 @@ class _Watch(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         elif _CLEAR.exists():
-            _CLEAR.write_text("5")  # Linux: let VmHWM start again from what is resident now
+            _CLEAR.write_text("5", encoding="ascii")  # Linux: VmHWM starts again from what is resident now
         self._began = time.perf_counter()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Begin to follow tensors when the timed steps are over."""
-        if trainer.global_step == self.timed.stop and self._memory is None:
-            self.device = self._peak(pl_module)
-            tensors = _lasting(trainer, pl_module)
-            self._there, self._memory = bytes_of(tensors), LiveMemory(tensors)
-            for parameter in pl_module.parameters():
-                if parameter.grad is not None:
-                    self._memory.follow(parameter.grad)
-            self._watching.enter_context(self._memory)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time of a finished step, or the tensors of the last one."""
-        if trainer.global_step == self._step:
+        """Take the time, if that was the last micro-batch of an optimizer step."""
+        if trainer.global_step == len(self.seconds):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        if self._step in self.timed:
-            self.seconds.append(now - self._began)
-        self._began, self._step = now, trainer.global_step
-        if self._memory is not None:
-            self._watching.close()
-            self.tensors = self._there + self._memory.peak
+        self.seconds.append(now - self._began)
+        self._began = now
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop to follow tensors."""
-        self._watching.close()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the planned micro-batch as the next one of the training."""
+        module: Any = pl_module
+        batch = {name: tensor.to(module.device) for name, tensor in self.largest.content().items()}
+        tensors = [*_lasting(trainer, module), *batch.values()]
+        memory = LiveMemory(tensors)
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                memory.follow(parameter.grad)
+        with torch.enable_grad(), memory:
+            with trainer.precision_plugin.forward_context():
+                loss = module.training_step(batch, 0)
+            if trainer.accumulate_grad_batches == 1:
+                module.zero_grad()
+            loss.backward()
+            module.on_after_backward()
+        self.tensors = bytes_of(tensors) + memory.peak
+        self.device = self._peak(module.device)
 
-    def _peak(self, module: pl.LightningModule) -> int | None:
-        if module.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(module.device)
+    def _peak(self, device: torch.device) -> int | None:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
         peak = _resident("VmHWM") if _CLEAR.exists() else None
         return None if peak is None or self._before is None else peak - self._before
 

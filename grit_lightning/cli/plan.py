@@ -85,7 +85,7 @@ def make_report(cli: SettingsCLI, devices: int | None = None, measured_steps: in
     if measured_steps is not None:
         from grit_lightning.cli.measured_run import measure
 
-        report["measured"] = _compared(measure(cli, measured_steps), steps, plan)
+        report["measured"] = _compared(measure(cli, measured_steps, plan.batch), steps, plan)
     return report
 
 

@@ -45,12 +45,13 @@ class MicroBatch:
     packed: bool = False
 
     def content(self) -> dict[str, Tensor]:
-        """Return a batch of this shape, of zeros."""
+        """Return a batch of this shape, of zeros; its last token is padding, as in most batches, so that masks are made."""
         ids = torch.zeros(self.rows, self.tokens, dtype=torch.int64)
-        labels = ids.clone()
+        mask, labels = torch.ones_like(ids), ids.clone()
         labels[:, : self.prompt] = IGNORED
+        mask[-1, -1:], labels[-1, -1:] = 0, IGNORED
         positions = {"position_ids": torch.arange(self.tokens).repeat(self.rows, 1)} if self.packed else {}
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **positions}
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, **positions}
 
 
 @contextmanager
