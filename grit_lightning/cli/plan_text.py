@@ -73,7 +73,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         f"take {_size(report['activations_at_most'])} of activations."
     )
     if report["memory"]["one device"]["optimizer"] is None:
-        yield "The optimizer's states are not known, as it takes no step without a GPU: the totals are without them."
+        yield "The optimizer's states are not known, as it takes no step here: totals and checkpoint are without them."
 
 
 def _measured(measured: dict[str, Any] | None) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +32,14 @@ def module(folder: Path, lora: LoraConfig, **settings: Any) -> GritLitModule:
     return GritLitModule(str(folder), lora, **{"dtype": "float32", **settings})
 
 
-def planned(built: GritLitModule, batch: MicroBatch = BATCH, *, accumulates: bool = False) -> Plan:
-    return plan_of(built, [batch], batch, Precision(), processes=2, accumulates=accumulates)
+def planned(
+    built: GritLitModule,
+    batch: MicroBatch = BATCH,
+    precision: Precision = Precision(),  # noqa: B008 (has no state)
+    *,
+    accumulates: bool = False,
+) -> Plan:
+    return plan_of(built, [batch], batch, precision, processes=2, accumulates=accumulates)
 
 
 def _llama(layers: int) -> LlamaConfig:
@@ -41,20 +48,23 @@ def _llama(layers: int) -> LlamaConfig:
     )
 
 
-def real_batch() -> Batch:
-    """Rows of BATCH's shape, padded, as most are: a mask that hides nothing is left out by transformers."""
-    content = BATCH.content()
+def real_batch(shape: MicroBatch = BATCH) -> Batch:
+    """Rows of that shape, padded, as most are: a mask that hides nothing is left out by transformers."""
+    content = shape.content()
     content["input_ids"] += torch.randint(4, 300, content["input_ids"].shape)
     content["attention_mask"][0, -3:] = 0
     content["labels"][0, -3:] = -100
     return content
 
 
-def step(built: GritLitModule, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def step(
+    built: GritLitModule, optimizer: torch.optim.Optimizer, batch: Batch, precision: Precision | None = None
+) -> None:
     """An optimizer step in Lightning's order, without Lightning."""
     assert built.geometry is not None
     built.geometry.start_micro_batch(batch["attention_mask"], 1.0)
-    loss = built(batch, trim=built.trim_logits).loss
+    with (precision or Precision()).forward_context():
+        loss = built(batch, trim=built.trim_logits).loss
     optimizer.zero_grad()
     loss.backward()
     built.geometry.finish_micro_batch()
@@ -62,18 +72,18 @@ def step(built: GritLitModule, optimizer: torch.optim.Optimizer, batch: Batch) -
     optimizer.step()
 
 
-def real_peak(built: GritLitModule, optimizer: torch.optim.Optimizer) -> int:
+def real_peak(
+    built: GritLitModule, optimizer: torch.optim.Optimizer, batch: Batch, precision: Precision | None = None
+) -> int:
     """Bytes alive at the peak of the second step, beside model, statistics and states."""
-    assert built.geometry is not None
-    batch = real_batch()
-    step(built, optimizer, batch)
+    step(built, optimizer, batch, precision)
     gc.collect()
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     with LiveMemory([*built.parameters(), *built.buffers(), *states, *batch.values()]) as memory:
         for parameter in built.parameters():
             if parameter.grad is not None:
                 memory.follow(parameter.grad)
-        step(built, optimizer, batch)
+        step(built, optimizer, batch, precision)
     return memory.peak
 
 
@@ -93,7 +103,20 @@ def test_activations_are_those_of_a_real_step(tiny_backbone_dir: Path, lora_conf
     real = module(tiny_backbone_dir, lora_config(), **settings)
     real.configure_model()
     optimizer = torch.optim.SGD([p for p in real.parameters() if p.requires_grad], lr=0.1)
-    assert plan.parts.activations == pytest.approx(real_peak(real, optimizer), rel=0.15)
+    assert plan.parts.activations == pytest.approx(real_peak(real, optimizer, real_batch()), rel=0.15)
+
+
+@pytest.mark.parametrize("precision", [Precision(), MixedPrecision("bf16-mixed", "cpu")], ids=["float32", "mixed"])
+def test_packed_rows_and_autocast_take_what_they_take(
+    tiny_backbone_dir: Path, lora_config: Any, precision: Precision
+) -> None:
+    shape = dataclasses.replace(BATCH, packed=True)
+    plan = planned(module(tiny_backbone_dir, lora_config()), shape, precision)
+    real = module(tiny_backbone_dir, lora_config())
+    real.configure_model()
+    optimizer = torch.optim.SGD([p for p in real.parameters() if p.requires_grad], lr=0.1)
+    peak = real_peak(real, optimizer, real_batch(shape), precision)
+    assert plan.parts.activations == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, EigenbasisAdam, NaturalAdam], ids=lambda kind: kind.__name__)
