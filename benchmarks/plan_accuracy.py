@@ -26,7 +26,6 @@ WORDS = ["--config=demo", "--data.max_length=192", "--data.train_limit=400", "--
 CASES = {
     "SmolLM2-135M, float32": ["--model.dtype=float32"],
     "SmolLM2-135M, bfloat16": ["--model.dtype=bfloat16"],
-    "SmolLM2-135M, bfloat16, recomputed": ["--model.dtype=bfloat16", "--model.gradient_checkpointing=true"],
     "tiny Llama, float32": ["--model.dtype=float32", "--model.backbone=TINY"],
 }
 ALLOCATORS: dict[str, dict[str, str]] = {"glibc": {}, "mapped": {"MALLOC_MMAP_THRESHOLD_": "262144"}}
