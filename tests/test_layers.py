@@ -26,6 +26,7 @@ FLOORS = (
     ("geometry_hooks",),
     ("module",),
     ("datamodules",),
+    ("planning",),
     ("forgetting",),
     ("telemetry",),
     ("callbacks",),

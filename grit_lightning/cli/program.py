@@ -15,6 +15,7 @@ from grit_lightning import __version__
 from grit_lightning.cli.data import data_command
 from grit_lightning.cli.eval_harness import harness_command
 from grit_lightning.cli.export import export_command
+from grit_lightning.cli.plan import plan_command
 from grit_lightning.cli.prepare import prepare_command
 from grit_lightning.cli.run_words import SUBCOMMANDS, settle
 from grit_lightning.cli.terminal import (
@@ -29,12 +30,14 @@ from grit_lightning.runs.signals import ended_by_signals
 
 COMMANDS = {
     "data": data_command,
+    "plan": plan_command,
     "export": export_command,
     "prepare": prepare_command,
     "eval-harness": harness_command,
 }
 PURPOSES = SUBCOMMANDS | {
     "data": "Show what the model of a `grit fit` will see: rows, lengths, batches, and what is amiss.",
+    "plan": "Say what a `grit fit` will take: memory by part, steps, checkpoint; with --measure its time.",
     "export": "Write a trained adapter for plain PEFT and transformers, or merge it into the model.",
     "prepare": "Download a task's data, check them, and write them into a folder.",
     "eval-harness": "Evaluate a trained adapter with EleutherAI's lm-evaluation-harness.",

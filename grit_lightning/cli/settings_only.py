@@ -22,7 +22,7 @@ from grit_lightning.optimization import planned_steps
 
 SETS_THE_LENGTH: tuple[type[Callback], ...] = (GradientAccumulationScheduler, RunLength)
 """Callbacks that a run's number of optimizer steps depends on."""
-_WRITES_NOTHING = {
+WRITES_NOTHING: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -30,6 +30,7 @@ _WRITES_NOTHING = {
     "profiler": None,
     "barebones": False,
 }
+"""Arguments of a Trainer that leaves no file."""
 
 
 class SettingsCLI(GritCLI):
@@ -46,8 +47,11 @@ class SettingsCLI(GritCLI):
         model: The module, without its model.
         datamodule: The data module, not set up.
         trainer: A Trainer with the run's length and precision.
+        trainer_settings: Arguments of the Trainer that the run would have.
         processes: Number of processes of the run.
     """
+
+    trainer_settings: dict[str, Any]
 
     def __init__(self, words: Sequence[str], processes: int | None = None) -> None:
         """Parse and build."""
@@ -64,16 +68,16 @@ class SettingsCLI(GritCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build a Trainer that writes nothing, with those callbacks only that the length of the run depends on."""
-        given = dict(self.config_init["fit"].trainer)
+        given = self.trainer_settings = dict(self.config_init["fit"].trainer)
         if self.processes is None:
             self.processes = configured_processes(given)
         configured = given["callbacks"] or []
         callbacks = configured if isinstance(configured, list) else [configured]
-        given["callbacks"] = [callback for callback in callbacks if isinstance(callback, SETS_THE_LENGTH)]
+        kept = [callback for callback in callbacks if isinstance(callback, SETS_THE_LENGTH)]
         one_of_them = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": OneOfSeveral(self.processes)}
         try:
-            with _quietly():
-                return Trainer(**{**given, **_WRITES_NOTHING, **one_of_them})
+            with quietly():
+                return Trainer(**{**given, **WRITES_NOTHING, **one_of_them, "callbacks": kept})
         except (TypeError, ValueError) as error:
             raise InvalidValueError(f"trainer: {error}") from error
 
@@ -86,7 +90,7 @@ class SettingsCLI(GritCLI):
         Lightning itself counts: it begins a fit of a module with one number to train, which ends before the first batch.
         """
         counter = _StepCounter()
-        with _quietly(), suppress(_CountedError):
+        with quietly(), suppress(_CountedError):
             self.trainer.fit(counter, datamodule=self.datamodule)
         return counter.steps
 
@@ -116,7 +120,7 @@ class _StepCounter(LightningModule):
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep back what Lightning says about devices and loaders, which are not those of the run."""
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = messages.level

@@ -54,7 +54,7 @@ class RankGroup:
         self.statistics = RunningStatistics(layers, self.r)
         self.counts = LayerCounts(layers)
         self.derived = Derived.before_any_refresh(layers, self.r)
-        self.ranks = torch.full((layers,), self.r, dtype=torch.int64)
+        self.ranks = torch.full((layers,), self.r, dtype=torch.int64, device="cpu")  # numbers, also on the meta device
         self.calls = [0] * layers
         self.quantization_noise: Tensor | None = None
         self.last_step_preconditioned = False

@@ -137,7 +137,11 @@ class RankSpaceGeometry:
     @property
     def ranks(self) -> dict[str, int]:
         """Effective rank of every layer by name."""
-        return {name: view.rank for name, view in self.layers.items()}
+        return {
+            site.name: rank
+            for group in self.groups
+            for site, rank in zip(group.sites, group.ranks.tolist(), strict=True)
+        }
 
     @property
     def mean_rank(self) -> float:
