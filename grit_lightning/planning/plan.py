@@ -25,6 +25,7 @@ from grit_lightning.errors import InvalidValueError
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 from grit_lightning.module import GritLitModule
 from grit_lightning.optimization import build_optimizer
+from grit_lightning.optimizers import GeometryAdam
 from grit_lightning.planning.checkpoint_size import file_size
 from grit_lightning.planning.parts import (
     Parts,
@@ -100,7 +101,7 @@ def plan_of(
     model, geometry = module.peft_model, module.geometry
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
-    optimizer = build_optimizer(module.optimizer_factory, list(trained), geometry)
+    optimizer = _optimizer(module, trained)
     update = update_bytes(optimizer) or _update_with_values(module, trained)
     accepted = accepted_arguments(model)
     shapes = dict.fromkeys([*batches, largest])
@@ -177,7 +178,14 @@ def _build(module: GritLitModule, precision: Precision) -> PreTrainedModel:
 def _update_with_values(module: GritLitModule, trained: Sequence[Tensor]) -> UpdateMemory | None:
     """Take the optimizer's step over zeros, for one that does not run without values; None if that fails too."""
     zeros = [nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype)) for parameter in trained]
-    return update_bytes(build_optimizer(module.optimizer_factory, list(zeros), module.geometry))
+    return update_bytes(_optimizer(module, zeros))
+
+
+def _optimizer(module: GritLitModule, parameters: Sequence[Tensor]) -> Optimizer:
+    optimizer = build_optimizer(module.optimizer_factory, list(parameters), module.geometry)
+    if isinstance(optimizer, GeometryAdam) and module.geometry is not None:
+        optimizer.bind(module.geometry)
+    return optimizer
 
 
 def _statistics_bytes(geometry: RankSpaceGeometry) -> int:

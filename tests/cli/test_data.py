@@ -60,7 +60,7 @@ def test_off_a_terminal_a_page_is_plain_text_with_marks_around_what_is_learnt(
     text = shown()
 
     assert "\x1b" not in text
-    assert "Question: is 0 even?\nAnswer:⟦ yes⟧\n" in text
+    assert "It is 0.\nSentiment:⟦ positive⟧\n" in text
     assert "training row 3 of 16:" in text
     assert "training row 4" not in text
     assert "│ rows                         │       16 │          8 │" in text
@@ -71,8 +71,8 @@ def test_json_holds_what_the_page_shows(report: Report, shown: Callable[..., str
     assert _printed(report, width=80) == shown("--show=1")
     (task,) = report["tasks"].values()
     assert (task["splits"]["train"]["rows"], task["splits"]["validation"]["rows"]) == (16, 8)
-    assert task["splits"]["train"]["classes"] == {"no": 8, "yes": 8}
-    assert task["overlap"]["validation"] == {"same_rows": 8, "same_prompts": 0}  # the fixture's questions are the same
+    assert task["splits"]["train"]["classes"] == {"negative": 8, "positive": 8}
+    assert task["overlap"]["validation"] == {"same_rows": 8, "same_prompts": 0}  # the fixture's rows are the same
     assert any("8 of 8 validation rows (100.0%) are training rows too" in said for said in task["advice"])
 
 
@@ -94,7 +94,7 @@ def test_without_colours_on_a_terminal_marks_stand_in_for_them(report: Report, m
 
     text = _printed(report, force_terminal=True, color_system="truecolor")
 
-    assert "⟦ yes⟧" in text
+    assert "⟦ positive⟧" in text
 
 
 def test_rows_of_another_split_can_be_asked_for(shown: Callable[..., str]) -> None:
@@ -228,7 +228,7 @@ def test_a_task_of_one_s_own_is_shown(
     ("words", "said"),
     [
         (["--show=-1"], "--show: expected a number of at least 0, got -1."),
-        (["--data.batchsize=3"], "data.batchsize: BoolQDataModule has no such setting."),
+        (["--data.batchsize=3"], "data.batchsize: IMDbDataModule has no such setting."),
         (["--data.source=nowhere"], "nowhere"),
     ],
 )

@@ -12,7 +12,7 @@ from grit_lightning.cli.plain_parser import FitWordsParser
 from grit_lightning.cli.processes import configured_processes
 from grit_lightning.cli.run_words import settle
 from grit_lightning.cli.settings_only import SettingsCLI
-from grit_lightning.datamodules import BoolQDataModule
+from grit_lightning.datamodules import IMDbDataModule
 from grit_lightning.errors import InvalidValueError
 
 Grit = Callable[..., None]
@@ -26,7 +26,7 @@ def test_it_builds_what_the_words_say_and_writes_nothing(tiny: list[str], tmp_pa
     cli = built(tiny, "--model.adapter.r=5")
     assert cli.model.adapter_config.r == 5
     assert cli.model.model is None
-    assert isinstance(cli.datamodule, BoolQDataModule)
+    assert isinstance(cli.datamodule, IMDbDataModule)
     assert list(tmp_path.iterdir()) == []
 
 

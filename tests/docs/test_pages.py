@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +37,7 @@ def generated(page: str) -> list[str]:
 def blocks(language: str) -> list[tuple[str, str]]:
     """Code blocks of a language, with the page that each stands in; blocks inside of tabs too."""
     fence = re.compile(rf"^( *)```{language}\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-    return [(name, inspect.cleandoc(match[2])) for name, page in PAGES.items() for match in fence.finditer(page)]
+    return [(name, textwrap.dedent(match[2])) for name, page in PAGES.items() for match in fence.finditer(page)]
 
 
 def commands() -> list[tuple[str, list[str]]]:
