@@ -42,6 +42,7 @@ class TextDataModule(RowsDataModule):
         ValueError: A setting is out of range, or two exclude each other.
     """
 
+    has_prompts = False
     divided_into = "blocks of no more than max_length tokens"
 
     def __init__(

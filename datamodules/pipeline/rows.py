@@ -69,6 +69,7 @@ class RowsDataModule(ResumableDataModule):
             "exact_text" and "classification".
         dropped: Rows left out for each split that was set up: too long or unusable.
         truncated: Rows of which a part was cut, for each split that was set up.
+        has_prompts: Whether a row has a part that the model is given before it answers.
         problems: For each of these splits what happened to such rows, and to how many.
     """
 
@@ -78,6 +79,7 @@ class RowsDataModule(ResumableDataModule):
     default_max_length: ClassVar[int] = 1024
     default_invalid_rows: ClassVar[Literal["error", "skip"]] = "error"
     max_length_of_rows: ClassVar[bool] = False
+    has_prompts: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """Name the task after its class."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -42,6 +43,8 @@ class AnswerEvaluations(nn.ModuleDict):
     def set_up(self, stage: str, datamodule: object, device: torch.device) -> None:
         """Prepare the evaluation of a stage, one for each task of a mixture, where the settings ask for it.
 
+        A task whose rows have no prompts says so (`has_prompts`); nothing is generated for it, with a warning.
+
         Args:
             stage: The Trainer's: `fit`, `validate`, `test` or `predict`.
             datamodule: Where prompts, references and metrics come from.
@@ -55,6 +58,11 @@ class AnswerEvaluations(nn.ModuleDict):
         if self.settings is None or kind not in self.settings.stages:
             return
         for name, task in tasks_of(datamodule).items():
+            if not getattr(task, "has_prompts", True):
+                rank_zero_warn(
+                    f"model.generation: the rows of {type(task).__name__} have no prompts to answer. Nothing is generated."
+                )
+                continue
             self[evaluation_key(kind, name)] = AnswerEvaluation(self.settings, task, kind, device)
 
     def answer(

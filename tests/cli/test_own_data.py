@@ -48,6 +48,7 @@ def _labelled(folder: Path) -> Path:
     return folder / "labelled.csv"
 
 
+@pytest.mark.filterwarnings("ignore:model.generation. the rows of TextDataModule have no prompts")
 @pytest.mark.parametrize(
     ("config", "write", "measured"),
     [
@@ -64,10 +65,9 @@ def test_a_file_becomes_an_adapter_that_plain_peft_loads(
     words = ["--config", config, f"--data.source={write(tmp_path)}", f"--model.backbone={tiny_backbone_dir}"]
     words += ["--model.dtype=float32", "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--output=runs/mine"]
     words += ["--trainer.log_every_n_steps=1"]
+    words += ["--model.generation.max_new_tokens=4", "--model.generation.max_rows=2"]
     if config == "text":
         words += ["--data.max_length=64"]
-    if config == "instruct":
-        words += ["--model.generation.max_new_tokens=4", "--model.generation.max_rows=2"]
     main(["fit", *words])
     main(["test", "--ckpt_path=runs/mine/checkpoints/last.ckpt", "--trainer.accelerator=cpu"])
     assert measured <= json.loads(Path("runs/mine/summary.json").read_text())["metrics"]["after"].keys()

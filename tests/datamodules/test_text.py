@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from grit_lightning.datamodules import BoolQDataModule, TextDataModule
 from grit_lightning.datamodules.pipeline.documents import PASSAGE, DocumentRowEncoder, read_text
 from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
+from grit_lightning.evaluation.generated_answers import AnswerEvaluations
+from grit_lightning.evaluation.generation import GenerationSettings
 
 Rows = list[dict[str, Any]]
 
@@ -161,6 +164,13 @@ def test_a_text_file_in_another_encoding_is_refused(tokenizer: PreTrainedTokeniz
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a.txt: expected text in UTF-8, got the byte 0xe9"):
         TextDataModule(tokenizer, str(tmp_path)).setup()
+
+
+def test_no_answer_is_generated_to_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    evaluations = AnswerEvaluations(GenerationSettings(max_new_tokens=4))
+    with pytest.warns(UserWarning, match="model.generation: the rows of TextDataModule have no prompts to answer"):
+        evaluations.set_up("test", TextDataModule(tokenizer, str(folder)), torch.device("cpu"))
+    assert "test" not in evaluations
 
 
 def test_text_files_are_no_data_of_other_tasks(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
