@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.datamodules.base import TaskDataModule
 from grit_lightning.datamodules.pipeline.own_source import own_table
+from grit_lightning.datamodules.pipeline.splits import without_columns
 from grit_lightning.datamodules.pipeline.task_table import TaskTable
 from grit_lightning.datamodules.pipeline.text import as_text, normalise
 from grit_lightning.errors import InvalidValueError, did_you_mean
@@ -63,7 +64,8 @@ class ClassificationDataModule(TaskDataModule):
         """Keep the settings; files are touched in `prepare_data` and `setup`."""
         super().__init__(tokenizer, source, template, use_chat_template, append_eos, **kwargs)
         self._hub_config = hub_config
-        self._names = {label: label for label in labels} if isinstance(labels, Sequence) else dict(labels or {})
+        names = {label: label for label in labels} if isinstance(labels, Sequence) else dict(labels or {})
+        self._names = {label.strip(): name.strip() for label, name in names.items()}
         if labels is not None and len(set(self._names.values())) < 2:
             raise InvalidValueError(f"labels: expected at least two, all of them different, got {labels}.")
 
@@ -89,19 +91,29 @@ class ClassificationDataModule(TaskDataModule):
         """
         if self._names:
             return self._names
-        rows = self.table.rows("train")
-        feature = rows.table.features["label"]
+        table = self.table
+        where, rows = table.where("train"), table.read("train")
+        if rows is None:
+            raise InvalidValueError(
+                f"labels: expected a list of them where {self.source} has no training rows to read them from, got null. Set it."
+            )
+        column = self.columns.get("label", "label")
+        if column not in rows.column_names:
+            raise InvalidValueError(without_columns(where, [column], rows.column_names))
+        feature = rows.features[column]
         if isinstance(feature, datasets.ClassLabel):  # numbers, whose names the table knows
             return {str(number): name for number, name in enumerate(feature.names)}
-        found = sorted({self._label(value) for value in set(rows.table["label"][:])} - {""})
+        found = sorted(
+            {self._label(value) for value in {str(value): value for value in rows[column][:]}.values()} - {""}
+        )
         if not 2 <= len(found) <= MAX_LABELS:
             shown = ", ".join(map(repr, found[:3])) + (", …" if len(found) > 3 else "")
             raise InvalidValueError(
-                f"{rows.where}: expected 2 to {MAX_LABELS} different labels in the column "
-                f"{self.columns.get('label', 'label')!r}, got {len(found)} ({shown}). Set data.columns to "
+                f"{where}: expected 2 to {MAX_LABELS} different labels in the column "
+                f"{column!r}, got {len(found)} ({shown}). Set data.columns to "
                 "{label: <its name there>}, or data.labels to all of them."
             )
-        rank_zero_info(f"{rows.where}: {len(rows.table):,} rows with the labels {', '.join(found)}.")
+        rank_zero_info(f"{where}: {len(rows):,} rows with the labels {', '.join(found)}.")
         return {label: label for label in found}
 
     @cached_property

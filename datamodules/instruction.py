@@ -19,6 +19,7 @@ from grit_lightning.datamodules.pipeline.own_source import own_table
 from grit_lightning.datamodules.pipeline.prompts import TEMPLATES
 from grit_lightning.datamodules.pipeline.rows import RowsDataModule
 from grit_lightning.datamodules.pipeline.task_table import Rows, TaskTable
+from grit_lightning.datamodules.pipeline.text_files import open_text
 from grit_lightning.errors import InvalidValueError, MissingFileError, did_you_mean, require
 
 PLAIN = "plain"
@@ -80,6 +81,8 @@ class InstructionDataModule(RowsDataModule):
         super().__init__(tokenizer, source, **kwargs)
         owner = type(self).__name__
         require(owner, "form", form is None or form in FORMS, f"null or one of {', '.join(FORMS)}", form)
+        metrics = ("rouge", "bleu", "bertscore", "exact_text", "exact_match")
+        require(owner, "text_metrics", set(text_metrics) <= set(metrics), f"any of {', '.join(metrics)}", text_metrics)
         require(owner, "tool_turns", tool_turns in ("refuse", "pass"), "refuse or pass", tool_turns)
         if unknown := sorted(set(self.columns) - set(COLUMNS)):
             raise InvalidValueError(
@@ -164,7 +167,8 @@ class InstructionDataModule(RowsDataModule):
                     f"chat_template: expected null, plain, or the path of a Jinja file, got {self.chat_template!r}, which does "
                     "not exist. Set it to one that does."
                 )
-            template = path.expanduser().read_text(encoding="utf-8")
+            with open_text(path.expanduser()) as file:
+                template = file.read()
         chat = ChatTemplate(self.tokens, template)
         if not chat.closing:
             raise InvalidValueError(

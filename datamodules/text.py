@@ -72,9 +72,9 @@ class TextDataModule(RowsDataModule):
         path = Path(self.source or "").expanduser()
         files = find_files(path, "train", None, text_readers("files")) if self.source and path.exists() else []
         text_only = [file for file in files if format_of(file) in PLAIN_TEXT]
-        if self.documents is not None and files and not text_only:
+        if self.documents is not None and not text_only and (files or not path.exists()):
             raise InvalidValueError(
-                f"documents: expected null for files whose rows are documents, got {self.documents!r} for {files[0].name}."
+                f"documents: expected null for data whose rows are documents, got {self.documents!r} for {self.source}."
             )
         chosen: Division = self.documents or ("passages" if len(text_only) == 1 else "files")
         if text_only:

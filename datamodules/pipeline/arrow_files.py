@@ -61,7 +61,8 @@ def _tables(file: Path, schema: pa.Schema) -> Iterator[pa.Table]:
         )
     try:
         for batch in content.iter_batches(_ROWS_AT_ONCE):
-            yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            table = pa.Table.from_batches([batch]).select(schema.names)
+            yield table if table.schema.equals(schema) else table.cast(schema)
     except (pa.ArrowException, OSError) as error:
         raise InvalidValueError(
             f"{file}: expected rows of the types {dict(zip(schema.names, map(str, schema.types), strict=True))}, got {error}. "

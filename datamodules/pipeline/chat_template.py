@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,14 @@ Message = Mapping[str, Any]
 
 CHAT_DATE = "26 Jul 2024"
 """The day that Llama 3's chat template writes into every prompt: its own default, as today's date would change the data."""
+
+_DATE_PARTS = {f"%{letter}": datetime(2024, 7, 26).strftime(f"%{letter}") for letter in "aAbBdHIjmMpSyY"}
+_FIXED_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{part}', '{value}')" for part, value in _DATE_PARTS.items())
+    + " }}{% endmacro %}"
+)
+"""What takes the place of transformers' `strftime_now` in templates that ask for the day."""
 
 _ANSWER = "\U0010fffb"  # no template has it
 _PROBE: Sequence[Message] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER})
@@ -49,16 +58,24 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses the messages.
         """
-        return str(
-            self.tokens.tokenizer.apply_chat_template(
+        try:
+            text = self.tokens.tokenizer.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
-                chat_template=self.template,
+                chat_template=self._on_a_fixed_day,
                 tokenize=False,
                 add_generation_prompt=not answered,
                 date_string=CHAT_DATE,
             )
-        )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # of the template's own code
+            raise TemplateError(str(error)) from error
+        return str(text)
+
+    @property
+    def _on_a_fixed_day(self) -> str | None:
+        template = self.tokens.tokenizer.chat_template if self.template is None else self.template
+        asks = isinstance(template, str) and "strftime_now" in template
+        return f"{_FIXED_DAY}{template}" if asks else self.template
 
     @cached_property
     def last_end(self) -> str:

@@ -20,10 +20,11 @@ from grit_lightning.datamodules.pipeline.conversations import (
     Row,
     Turn,
     UnusableConversationError,
+    read_tools,
     read_turns,
     with_system,
 )
-from grit_lightning.datamodules.pipeline.text import UnusableColumnError
+from grit_lightning.datamodules.pipeline.text import UnusableColumnError, normalise
 from grit_lightning.datamodules.pipeline.token_cache import tokenizer_hash
 from grit_lightning.datamodules.pipeline.tokenized import EncodedRow, RowEncoder
 
@@ -114,8 +115,8 @@ class ConversationRowEncoder(RowEncoder):
         turns = with_system(
             read_turns(row, self.form, tool_turns=self.tool_turns), self.system, merge=self.merge_system
         )
-        tools = row.get("tools") if self.tool_turns else None
-        messages = [{**self.chat.tokens.plain(turn.message), "role": turn.role} for turn in turns]
+        tools = read_tools(row) if self.tool_turns else None
+        messages = [self._message(turn) for turn in turns]
         answers, whole = [], ""
         for index, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -126,6 +127,12 @@ class ConversationRowEncoder(RowEncoder):
             return [_pieces(answers)]
         return [_pieces([answer]) for answer in answers if answer.turn.learnt]
 
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """Return a turn as the template gets it: its text in normal form, and without the names of special tokens."""
+        content = normalise(turn.message["content"]) if self.normalise_text else turn.message["content"]
+        plain: dict[str, Any] = self.chat.tokens.plain({**turn.message, "content": content})
+        return {**plain, "role": turn.role}
+
     def _answer(self, before: str, through: str, turn: Turn, content: str) -> Answer:
         """Find a turn of the assistant between the renderings that end before and behind it.
 
@@ -134,7 +141,7 @@ class ConversationRowEncoder(RowEncoder):
         """
         end = self.chat.last_end
         written = through.removeprefix(before).removesuffix(end)
-        if len(before) + len(written) + len(end) != len(through) or content.strip() not in written:
+        if len(before) + len(written) + len(end) != len(through) or _dense(content) not in _dense(written):
             raise UnusableConversationError(
                 f"expected {self.chat.name} to write the assistant's turn behind its opening, and all of it, got "
                 f"{through[-60:]!r} where the opened turn ends in {before[-30:]!r}. Set chat_template to another one or to "
@@ -149,11 +156,10 @@ class ConversationRowEncoder(RowEncoder):
         """Tokenise renderings, all at once, and cut them to whole turns where they are too long."""
         tokens = self.chat.tokens
         bos = tokens.bos if self.begin_with_bos else []
-        heads = tokens.ids([pieces[0].text for pieces in renderings])
-        others = iter(tokens.ids_behind([piece.text for pieces in renderings for piece in pieces[1:]], "\n"))
+        found = tokens.ids_of_pieces([[piece.text for piece in pieces] for pieces in renderings])
         return [
-            self._joined(pieces, [head if head[:1] == bos else bos + head, *(next(others) for _ in pieces[1:])])
-            for pieces, head in zip(renderings, heads, strict=True)
+            self._joined(pieces, [head if head[:1] == bos else bos + head, *others])
+            for pieces, (head, *others) in zip(renderings, found, strict=True)
         ]
 
     def _joined(self, pieces: Sequence[Piece], ids: Sequence[list[int]]) -> EncodedRow:
@@ -165,12 +171,24 @@ class ConversationRowEncoder(RowEncoder):
             joined += tokens
             if piece.answer is not None and len(joined) <= self.max_length:
                 learnt += [len(joined) - len(tokens), len(joined)]
-                reference, fitting = str(piece.answer.message["content"]), len(joined)
+                reference, fitting = self._said(piece), len(joined)
         if not learnt:
             return EncodedRow([], [], "too_long")
         return EncodedRow(
             joined[:fitting], learnt, "whole" if fitting == len(joined) else "truncated", reference=reference
         )
+
+    def _said(self, piece: Piece) -> str:
+        """Return what a model that has learnt an answer generates: with the thoughts that the template writes before it."""
+        assert piece.answer is not None
+        if self.chat.tokens.controls.is_marked(piece.text):
+            return str(piece.answer.message["content"])
+        return piece.text.removesuffix(self.chat.closing).strip()
+
+
+def _dense(text: str) -> str:
+    """Return a text without white space, which templates are free to arrange."""
+    return "".join(text.split())
 
 
 def _pieces(answers: Sequence[Answer]) -> list[Piece]:

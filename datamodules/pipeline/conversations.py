@@ -6,11 +6,13 @@ Five forms are known by their columns. Each becomes a list of messages with `rol
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from grit_lightning.datamodules.pipeline.text import as_text
+from grit_lightning.datamodules.pipeline.text import UnusableColumnError, as_text
 from grit_lightning.errors import InvalidValueError, did_you_mean
 
 FormName = Literal["messages", "conversations", "prompt_completion", "instruction_output", "question_answer"]
@@ -99,6 +101,7 @@ COLUMNS = tuple(dict.fromkeys(column for form in FORMS.values() for column in (*
 """All columns that a form may have."""
 
 ROLES = ("system", "user", "assistant", "tool")
+_OWN = ("from", "value", "weight")  # of a message, for us and not for the template
 _ALIASES = {
     "human": "user",
     "gpt": "assistant",
@@ -182,6 +185,24 @@ def with_system(turns: Sequence[Turn], system: str | None, *, merge: bool) -> li
     return found
 
 
+def read_tools(row: Row) -> list[Any] | None:
+    """Return the descriptions of tools in a row, as a list or as its JSON text.
+
+    Raises:
+        UnusableConversationError: They are no list.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(ValueError):  # which leaves the text, to be refused
+            tools = json.loads(tools) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise UnusableConversationError(
+            f"column 'tools': expected a list of tools, or one as JSON, got {str(tools)[:40]!r}",
+            "tools that are no list",
+        )
+    return tools
+
+
 def _require_learnable(turns: Sequence[Turn]) -> None:
     speakers = [turn.role for turn in turns]
     if not any(turn.learnt for turn in turns):
@@ -212,6 +233,11 @@ def _turn(message: Any, number: int, *, tool_turns: bool) -> Turn:
             ),
             f"unknown role {given!r}",
         )
+    weight = 1 if message.get("weight") is None else message["weight"]
+    if weight not in (0, 1):
+        raise UnusableConversationError(
+            f"{where}: expected a weight of 0 or 1, got {weight!r}", "a weight that is neither 0 nor 1"
+        )
     calls = message.get("tool_calls") or message.get("function_call")
     if (role == "tool" or calls or given == "function_call") and not tool_turns:
         raise UnusableConversationError(
@@ -222,10 +248,8 @@ def _turn(message: Any, number: int, *, tool_turns: bool) -> Turn:
     content = _content(message.get("content", message.get("value")), where)
     if not content.strip() and not calls:
         raise UnusableConversationError(f"{where} ({given}): expected text, got an empty message", "an empty message")
-    passed = {
-        key: value for key, value in message.items() if key not in ("from", "value", "weight") and value is not None
-    }
-    learnt = role == "assistant" and message.get("weight", 1) not in (0, False)
+    passed = {key: value for key, value in message.items() if key not in _OWN and value not in (None, [])}
+    learnt = role == "assistant" and bool(weight)
     return Turn({**passed, "role": role, "content": content}, learnt)
 
 
@@ -247,9 +271,7 @@ def _content(content: Any, where: str) -> str:
 def _filled(row: Row, column: str) -> str:
     text = as_text(row.get(column), column)
     if not text.strip():
-        raise UnusableConversationError(
-            f"column {column!r}: expected a value, got an empty field", f"column {column!r} empty or no text"
-        )
+        raise UnusableColumnError(column, "expected a value, got an empty field")
     return text
 
 

@@ -33,6 +33,7 @@ from grit_lightning.datamodules.pipeline.resumable import (
     ResumableSampler,
     loader_options,
 )
+from grit_lightning.datamodules.pipeline.sources import left_aside
 from grit_lightning.datamodules.pipeline.splits import draw
 from grit_lightning.datamodules.pipeline.task_table import Rows, Split, TaskTable
 from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
@@ -289,6 +290,7 @@ class RowsDataModule(ResumableDataModule):
             OSError: The cache cannot be written.
         """
         self._measure()
+        self._say_what_is_left_aside()
         for split in self._splits(stage):
             if split not in self._encoded:
                 rows = self.table.rows(split, self.limits[split], self.seed)
@@ -366,12 +368,24 @@ class RowsDataModule(ResumableDataModule):
         name = getattr(stage, "value", str(stage))  # Lightning's stages are members of an enum
         return wanted.get(name, get_args(Split))
 
+    def _say_what_is_left_aside(self) -> None:
+        """Say once which files of a folder are not read, as their names say no split while others' do."""
+        table = self.table
+        if self._encoded or table.source is None:
+            return
+        if files := left_aside(Path(table.source).expanduser(), table.hub_config, table.readers):
+            shown = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
+            rank_zero_info(
+                f"{self.task_name} data ({table.source}): {len(files):,} files are left aside, as their names say no split and "
+                f"others' do: {shown}."
+            )
+
     def _measure(self) -> None:
         """Take `max_length` from the training rows, where it is not given and the class wants it so."""
         if self._max_length is not None or self._measured_length is not None or not self.max_length_of_rows:
             return
         self._measured_length = self._longest
-        if self.packing:  # a row holds as many documents as there is room for
+        if self.packing or not self.table.has("train"):  # packed, a row holds as many documents as there is room for
             return
         rows = self.table.rows("train", self.limits["train"], self.seed)
         chosen = draw(len(rows.table), MEASURED_ROWS, seed=0)

@@ -130,6 +130,16 @@ def find_files(
     return chosen
 
 
+def left_aside(source: Path, config: str | None = None, readers: Mapping[str, Reader] = READERS) -> list[Path]:
+    """Return the data files of a folder that belong to no split, because others say theirs and they do not."""
+    if not source.is_dir():
+        return []
+    root = source / config if config and (source / config).is_dir() else source
+    files = sorted(file for file in root.rglob("*") if format_of(file) in readers and not _is_set_aside(file, root))
+    unnamed = [file for file in files if _split_of(file, root) is None]
+    return unnamed if len(unnamed) < len(files) else []
+
+
 def _require_parts(files: list[Path], split: str, source: Path) -> None:
     """Refuse a file that is a whole split by its name beside others of the split, such as an older copy of it."""
     whole = [file for file in files if file.name.lower().partition(".")[0] in SPLIT_NAMES[split]]
@@ -172,6 +182,10 @@ def read_hub(hub_id: str, config: str | None, split: str | None, streaming: bool
     with quiet():
         try:
             return datasets.load_dataset(hub_id, config, split=split, streaming=streaming)
+        except ValueError as error:  # of several configurations none is named, or one that is not there
+            raise InvalidValueError(
+                f"hub_config: expected the name of a configuration of {hub_id}, got {config!r}: {error} Set it."
+            ) from error
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:  # all network errors are OSErrors
             folder = hub_id.rpartition("/")[2]
             raise DownloadError(
@@ -211,7 +225,9 @@ def _is_set_aside(file: Path, root: Path) -> bool:
 
 def _split_of(file: Path, root: Path) -> str | None:
     """Return the split that a file's name speaks of, or the nearest of its folders below the root that is called after one."""
-    if named := split_named(file.stem):
+    whole_name = re.split(r"[\W_]*\d", file.stem.lower(), maxsplit=1)[0]
+    text_only = format_of(file) in PLAIN_TEXT  # whose names are titles, such as training-plan.md
+    if (named := split_named(file.stem)) and (not text_only or whole_name in SPLIT_NAMES[named]):
         return named
     folders = file.relative_to(root).parent.parts if file != root else ()
     known = {name: split for split, names in SPLIT_NAMES.items() for name in names}

@@ -175,13 +175,7 @@ class RowEncoder(ABC):
         return self.names.get(column, column)
 
     def _clean(self, value: Any) -> Any:
-        if not self.normalise_text:
-            return value
-        if isinstance(value, list):
-            return [self._clean(each) for each in value]
-        if isinstance(value, Mapping):
-            return {name: self._clean(each) for name, each in value.items()}
-        return normalise(value) if isinstance(value, str) else value
+        return normalise(value) if self.normalise_text and isinstance(value, str) else value
 
 
 def drop_unusable(encoded: datasets.Dataset) -> tuple[datasets.Dataset, Counter[str]]:

@@ -128,7 +128,7 @@ def test_a_validation_label_that_training_lacks_is_named(
         ),
         (
             [{"text": f"t{n}", "label": f"label {n}"} for n in range(200)],
-            r"expected 2 to 100 different labels .*, got 1\d\d",
+            r"expected 2 to 100 different labels .*, got 200",
         ),
         (
             [{"text": f"t{n}", "mood": "good"} for n in range(9)],

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -212,6 +214,32 @@ def test_other_columns_are_mapped(make: Callable[..., InstructionDataModule]) ->
         ValueError, match=r"columns: expected names of columns that .* reads and the data have, got \['system'\]"
     ):
         make(rows, columns={"prompt": "Q", "completion": "A", "system": "S"})
+
+
+def test_files_that_are_left_aside_are_named(
+    tmp_path: Path, write_rows: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("grit_lightning.datamodules.pipeline.rows.rank_zero_info", said.append)
+    for name in ("train", "more"):
+        write_rows(tmp_path / "mine" / f"{name}.jsonl", PAIRS)
+    module = InstructionDataModule(chat_tokenizer("chatml"), str(tmp_path / "mine"))
+    module.setup()
+    assert [line for line in said if "1 files are left aside" in line and line.endswith("others' do: more.jsonl.")]
+
+
+def test_held_out_rows_alone_can_be_tested(tmp_path: Path, write_rows: Write) -> None:
+    module = InstructionDataModule(chat_tokenizer("chatml"), str(write_rows(tmp_path / "test.jsonl", PAIRS)))
+    module.setup("test")
+    assert len(module.examples("test")) == 40
+
+
+def test_parquet_messages_may_have_fields_that_are_null_everywhere(tmp_path: Path) -> None:
+    messages = [[{**message, "name": None} for message in CHAT]] * 40
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "mine.parquet")
+    module = InstructionDataModule(chat_tokenizer("chatml"), str(tmp_path / "mine.parquet"))
+    module.setup("fit")
+    assert len(module.examples("train")) == 36
 
 
 def test_a_folder_of_files_is_one_table(tmp_path: Path, write_rows: Write) -> None:

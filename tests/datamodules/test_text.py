@@ -131,6 +131,14 @@ def test_splits_can_be_files_or_folders(tokenizer: PreTrainedTokenizerFast, tmp_
     assert [len(module.examples(split)) for split in ("train", "validation", "test")] == [3, 2, 1]
 
 
+def test_titles_of_notes_name_no_split(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    for title in ("training-plan.md", "test notes.txt"):
+        (folder / title).write_text("A plan.")
+    module = TextDataModule(tokenizer, str(folder), max_length=64)
+    module.setup()
+    assert sum(len(module.examples(split)) for split in ("train", "validation", "test")) == 8
+
+
 def test_a_table_needs_a_column_of_text(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write_rows: Callable[[Path, Rows], Path]
 ) -> None:
@@ -142,7 +150,7 @@ def test_a_table_needs_a_column_of_text(
         TextDataModule(tokenizer, path).setup()
     with pytest.raises(ValueError, match=r"columns: expected a mapping from text"):
         TextDataModule(tokenizer, path, columns={"body": "body"})
-    with pytest.raises(ValueError, match=r"documents: expected null for files whose rows are documents, got 'lines'"):
+    with pytest.raises(ValueError, match=r"documents: expected null for data whose rows are documents, got 'lines'"):
         TextDataModule(tokenizer, path, documents="lines").setup()
 
 

@@ -9,6 +9,8 @@ import re
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from grit_lightning.datamodules.pipeline.chat_template import ChatTemplate
 from grit_lightning.datamodules.pipeline.conversation_encoding import ConversationRowEncoder
@@ -109,6 +111,57 @@ def test_a_long_conversation_loses_whole_turns_at_its_end() -> None:
         assert cut.status == ("truncated", "whole")[kept - 1]
     (left_out,) = encode(CHAT, max_length=first - 1)
     assert left_out == EncodedRow([], [], "too_long")
+
+
+def test_thoughts_are_a_part_of_what_is_generated_and_may_be_spaced_by_the_template() -> None:
+    (row,) = encode([CHAT[0], {**CHAT[1], "content": "<think>because</think>4."}], "qwen3")
+    assert row.reference == "<think>\nbecause\n</think>\n\n4."
+    assert learnt(row, "qwen3") == [f"{row.reference}<|im_end|>"]
+
+
+def test_parts_of_a_message_are_joined_as_they_stand() -> None:
+    parts = [{"type": "text", "text": "Dear "}, {"type": "text", "text": "you"}]
+    assert encode([CHAT[0], {**CHAT[1], "content": parts}])[0].reference == "Dear you"
+
+
+def test_the_day_is_the_same_every_day() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}assistant"
+    chat = ChatTemplate(TextTokens(chat_tokenizer("chatml")), template)
+    assert chat.write(CHAT[:1], answered=False).startswith("26 Jul 2024")
+
+
+def test_what_a_template_stumbles_over_is_said_of_the_row() -> None:
+    broken = ChatTemplate(
+        TextTokens(chat_tokenizer("chatml")), "{% for m in messages %}{{ m.content + 1 }}{% endfor %}"
+    )
+    rows = ConversationRowEncoder(chat=broken, form="messages", max_length=100)
+    with pytest.raises(ValueError, match="row 1: expected turns that the chat template can write"):
+        rows.encode_rows([{"messages": CHAT}], [0])
+
+
+@pytest.mark.parametrize("swallows", [False, True], ids=["plain", "rstrip"])
+def test_tokens_are_those_of_the_rendering_as_a_whole(swallows: bool) -> None:
+    """With a SentencePiece-like tokenizer, where a text by itself begins with another token than behind another text."""
+    vocabulary = {character: index for index, character in enumerate("▁abcdefghijklmnopqrstuvwxyz\n<>|/0")}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    names = ["<|user|>", "<|assistant|>", "<|end|>", "</s>"]
+    backend.add_special_tokens([AddedToken(name, rstrip=swallows, normalized=False, special=True) for name in names])
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
+    turns = [
+        {**message, "content": text} for message, text in zip(CHAT, ("hi there", "yes sir", "more", "no"), strict=True)
+    ]
+    encoder = ConversationRowEncoder(chat=ChatTemplate(TextTokens(tokenizer)), form="messages", max_length=500)
+    (row,) = encoder.encode_rows([{"messages": turns}], [0])
+    whole: Any = tokenizer.apply_chat_template(turns, return_dict=True)
+    assert row.input_ids == whole["input_ids"][: len(row.input_ids)]
+    opened: Any = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True)
+    assert row.input_ids[: row.learnt[0]] == opened["input_ids"]
+    assert [row.input_ids[end - 1] for end in row.learnt[1::2]] == [tokenizer.convert_tokens_to_ids("<|end|>")] * 2
 
 
 def test_names_of_special_tokens_in_a_message_are_text() -> None:

@@ -14,6 +14,7 @@ from grit_lightning.datamodules.pipeline.conversations import (
     recognise,
     with_system,
 )
+from grit_lightning.datamodules.pipeline.text import UnusableColumnError
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 QUESTION_AND_ANSWER = [("user", "q", False), ("assistant", "a", True)]
@@ -90,6 +91,7 @@ def test_tool_calls_are_passed_on_if_asked_for() -> None:
             [{**USER, "role": "usr"}, ASSISTANT],
             "message 1: expected one of the roles system, user, .*, got 'usr'.*`user`",
         ),
+        ([USER, {**ASSISTANT, "weight": 0.5}], "message 2: expected a weight of 0 or 1, got 0.5"),
         ([USER, {"role": "tool", "content": "7"}, ASSISTANT], "message 2: .*got 'tool'. Set tool_turns to pass"),
         ([USER, {**ASSISTANT, "tool_calls": [{}]}, ASSISTANT], "message 2: .*got a tool call. Set tool_turns to pass"),
         (["hello"], "message 1: expected an object with role and content, got 'hello'"),
@@ -104,7 +106,7 @@ def test_a_conversation_that_cannot_be_learnt_from_says_why(messages: Any, probl
 @pytest.mark.parametrize("empty", ["prompt", "completion"])
 def test_an_empty_field_is_named(empty: str) -> None:
     row = {"prompt": "q", "completion": "a"} | {empty: " "}
-    with pytest.raises(UnusableConversationError, match=f"column '{empty}': expected a value, got an empty field"):
+    with pytest.raises(UnusableColumnError, match=f"column '{empty}': expected a value, got an empty field"):
         read_turns(row, "prompt_completion")
 
 
