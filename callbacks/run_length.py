@@ -25,7 +25,9 @@ class RunLength(Callback):
     """Ends a run after some epochs, more where there are few rows, fewer where there are many.
 
     It acts on a Trainer that has no end of its own (`max_epochs: -1`, `max_steps: -1`); with either of them, it says that it
-    does not. The number of optimizer steps depends on the rows alone, so that schedules and resumed runs agree on it.
+    does not. The number of optimizer steps depends on the rows alone, so that schedules and resumed runs agree on it. A run
+    that `max_steps` ends within its first epoch is validated during the fit only where `trainer.val_check_interval` asks
+    for it.
 
     Args:
         epochs: Passes over the training rows.
@@ -51,6 +53,7 @@ class RunLength(Callback):
         self.min_steps = min_steps
         self.max_epochs = max_epochs
         self.max_steps = max_steps
+        self._chosen: tuple[int | None, int] = (-1, -1)
 
     def plan(self, steps_an_epoch: int) -> tuple[int, int]:
         """Return epochs and optimizer steps of a run.
@@ -75,7 +78,7 @@ class RunLength(Callback):
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the Trainer's __init__
             return
-        if trainer.max_epochs != -1 or trainer.max_steps != -1:
+        if (trainer.max_epochs, trainer.max_steps) not in ((-1, -1), self._chosen):  # the latter in a second fit
             rank_zero_info(
                 f"RunLength: the Trainer has an end of its own (max_epochs {trainer.max_epochs}, max_steps "
                 f"{trainer.max_steps}), which is kept."
@@ -92,4 +95,5 @@ class RunLength(Callback):
         epochs, steps = self.plan(max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
         trainer.fit_loop.max_epochs = epochs
         trainer.fit_loop.epoch_loop.max_steps = steps
+        self._chosen = (epochs, steps)
         rank_zero_info(f"RunLength: {steps:,} optimizer steps, {epochs} epochs of {batches:,} batches on each process.")

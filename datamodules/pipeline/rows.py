@@ -382,6 +382,12 @@ class RowsDataModule(ResumableDataModule):
 
     def _measure(self) -> None:
         """Take `max_length` from the training rows, where it is not given and the class wants it so."""
+        longest = int(self.tokenizer.model_max_length)
+        if self._max_length is not None and self._max_length > longest:
+            raise InvalidValueError(
+                f"max_length: expected at most the {longest} tokens that the tokenizer {self.tokenizer.name_or_path!r} allows, "
+                f"got {self._max_length}. Lower it."
+            )
         if self._max_length is not None or self._measured_length is not None or not self.max_length_of_rows:
             return
         self._measured_length = self._longest

