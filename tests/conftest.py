@@ -14,6 +14,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import copy
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lists the warnings that are let through although warnings are errors, each with its reason."""
     # PEFT asks the model for a property that transformers 5.2x renamed; nothing that a caller of PEFT could change.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    # A shell's background jobs and nohup hand ignored signals down, which a run respects; the tests send them.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture(autouse=True)
