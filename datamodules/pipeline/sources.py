@@ -116,7 +116,7 @@ def find_files(
     if source.is_file():
         files = [source]
     else:
-        files = sorted(file for file in root.rglob("*") if format_of(file) in readers and not _is_set_aside(file, root))
+        files = _data_files(root, readers)
         if not files:
             raise MissingFileError(
                 f"source: expected a folder with data files ({', '.join(readers)}), got {source}, which holds none."
@@ -135,7 +135,7 @@ def left_aside(source: Path, config: str | None = None, readers: Mapping[str, Re
     if not source.is_dir():
         return []
     root = source / config if config and (source / config).is_dir() else source
-    files = sorted(file for file in root.rglob("*") if format_of(file) in readers and not _is_set_aside(file, root))
+    files = _data_files(root, readers)
     unnamed = [file for file in files if _split_of(file, root) is None]
     return unnamed if len(unnamed) < len(files) else []
 
@@ -217,6 +217,10 @@ def quiet() -> Iterator[None]:
     finally:
         if enabled:
             datasets.enable_progress_bars()
+
+
+def _data_files(root: Path, readers: Mapping[str, Reader]) -> list[Path]:
+    return sorted(file for file in root.rglob("*") if format_of(file) in readers and not _is_set_aside(file, root))
 
 
 def _is_set_aside(file: Path, root: Path) -> bool:
