@@ -46,6 +46,7 @@ from grit_lightning.functional.reprojection import (
     two_sided_maps,
 )
 from grit_lightning.functional.reprojection_modes import MapsRule, ReprojectionMode, maps_rule
+from grit_lightning.functional.retention import RetentionBasis, first_order_change, retention_basis, retention_map
 from grit_lightning.functional.spectrum import (
     alignment,
     coefficient_of_variation,
@@ -73,6 +74,7 @@ __all__ = [
     "Regrowth",
     "ReprojectionMaps",
     "ReprojectionMode",
+    "RetentionBasis",
     "accumulate",
     "alignment",
     "balanced_maps",
@@ -98,6 +100,7 @@ __all__ = [
     "entropy_floor_rank",
     "finite_layers",
     "finite_or_raw",
+    "first_order_change",
     "global_budget_rank",
     "global_energy_rank",
     "gradient_maps",
@@ -120,6 +123,8 @@ __all__ = [
     "rank_with_hysteresis",
     "regrowth",
     "reprojection_form",
+    "retention_basis",
+    "retention_map",
     "sparsity",
     "spectral_entropy",
     "stable_rank",
