@@ -51,7 +51,8 @@ def test_the_two_ends_are_the_adapter_and_the_backbone(
     assert unedited.general.value == pytest.approx(loss(adapted, general_rows(16, 8)), rel=1e-5)
     with adapted.disable_adapter():
         assert backbone.general.value == pytest.approx(loss(adapted, general_rows(16, 8)), rel=1e-5)
-    assert backbone.general.change == 0.0 and unedited.task.change == 0.0
+    assert backbone.general.change == 0.0
+    assert unedited.task.change == 0.0
     assert unedited.general.change == pytest.approx(unedited.general.value - backbone.general.value)
     assert unedited.general.change > 0.5, "this adapter has something to undo"
 
@@ -59,15 +60,18 @@ def test_the_two_ends_are_the_adapter_and_the_backbone(
 def test_retention_undoes_more_than_scaling_at_the_same_price(front: Front) -> None:
     target = Target("task_tolerance", 0.02)
     ours, scaled = (front.search(method, target) for method in ("retention", "scaling"))
-    assert ours is not None and scaled is not None
-    assert ours.task.change <= 0.02 and scaled.task.change <= 0.02
+    assert ours is not None
+    assert scaled is not None
+    assert ours.task.change <= 0.02
+    assert scaled.task.change <= 0.02
     assert ours.general.change < scaled.general.change < front.points[0].general.change
 
 
 def test_the_search_keeps_to_a_bound_on_forgetting(front: Front) -> None:
     bound = 0.5 * front.points[0].general.change
     point = front.search("retention", Target("forgetting", bound))
-    assert point is not None and point.general.change <= bound
+    assert point is not None
+    assert point.general.change <= bound
     weaker = front.at("retention", point.mu / 2)
     assert weaker.general.change > bound, "a weaker edit would not have done"
 
@@ -99,7 +103,8 @@ def test_a_metric_steers_in_place_of_the_loss(
     sets = [HeldOut("task", task_rows(6, 7), "task"), HeldOut("general", general_rows(6, 8), "general")]
     measurer = Measurer(adapted, sets, metric=lambda model: torch.full((6,), float(weight.norm()) / start))
     point = Front(EditableAdapter(adapted), *statistics, measurer).search("scaling", Target("task_tolerance", 0.25))
-    assert point is not None and point.metric is not None
+    assert point is not None
+    assert point.metric is not None
     assert point.metric.change == pytest.approx(1 / (1 + point.mu) - 1, abs=1e-5)
     assert 0.2 < -point.metric.change <= 0.25
 
@@ -151,8 +156,10 @@ def test_bisection_takes_few_looks() -> None:
         return x <= 0.42
 
     found = bisect_log(holds, 0.1, 8)
-    assert found is not None and found <= 0.42 < 1.15 * found
-    assert len(looks) <= 8 and len(set(looks)) == len(looks)
+    assert found is not None
+    assert found <= 0.42 < 1.15 * found
+    assert len(looks) <= 8
+    assert len(set(looks)) == len(looks)
     assert bisect_log(lambda x: False, 0.1, 5) is None
     assert bisect_log(lambda x: True, 0.1, 5) == pytest.approx(0.1 * 10**2)
 
