@@ -166,9 +166,9 @@ def run_training(args: argparse.Namespace, recipes: list[tuple[Recipe, int]]) ->
 
 # Fronts: every adapter, edited at fixed strengths, measured on the same held-out rows.
 
-STRENGTHS = {"retention": (0.03, 0.1, 0.2, 0.4, 1.0), "scaling": (0.176, 0.429, 1.0)}  # scaling: α 0.85, 0.7, 0.5
-TASK_CALIBRATION, TASK_HELD_OUT, BLOCK = 64, 128, 192
-GENERAL_CALIBRATION, GENERAL_HELD_OUT = 16, 20
+STRENGTHS = {"retention": (0.05, 0.1, 0.2, 0.5), "scaling": (0.176, 0.429, 1.0)}  # scaling: α 0.85, 0.7, 0.5
+TASK_CALIBRATION, TASK_HELD_OUT, BLOCK = 64, 80, 192
+GENERAL_CALIBRATION, GENERAL_HELD_OUT = 16, 14
 """Blocks of each source."""
 
 
