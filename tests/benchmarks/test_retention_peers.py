@@ -110,17 +110,21 @@ def test_l2_is_the_gradient_of_the_squared_change_of_weights(
     _assert_gradient_of(penalty, model, added)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 def test_ewc_holds_each_weight_by_the_squares_of_the_blocks_gradients(
-    peers: ModuleType, start: PeftModel, randomize: Callable[..., Any]
+    peers: ModuleType, start: PeftModel, randomize: Callable[..., Any], trained: bool
 ) -> None:
+    if trained:
+        randomize(start).double()
     pairs = _factors(start)
     parameters = [p for pair in pairs for p in pair]
     before = [p.detach().clone() for p in parameters]
     blocks = [torch.autograd.grad(_loss(start, block) * 8, parameters) for block in BLOCKS]
     fisher = [sum(g.square() for g in of_one) / 24 for of_one in zip(*blocks, strict=True)]
     peer = peers.PEERS["ewc"](start, None, Path(), STRENGTH, 0)
-    assert not any(f.any() for f in fisher[::2])
-    randomize(start).double()
+    assert trained or not any(f.any() for f in fisher[::2])
+    for parameter in parameters:
+        parameter.data += torch.randn_like(parameter)
     terms = zip(parameters, before, fisher, strict=True)
     penalty = sum(0.5 * STRENGTH * (f * (p - old).square()).sum() for p, old, f in terms)
     _assert_gradient_of(penalty, start, _added(start, peer))
@@ -176,7 +180,12 @@ def test_intruders_are_reduced_in_place_in_float32(
 ) -> None:
     model = randomize(get_peft_model(make_tiny_llama(num_hidden_layers=1).bfloat16(), lora_config()))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changes = [layer.get_delta_weight("default") for layer in peers.lora_layers(model).values()]
+    peers.reduce_intruders(model, kept=1.0)
+    for layer, change in zip(peers.lora_layers(model).values(), changes, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), change, rtol=0, atol=1e-5)
     peers.reduce_intruders(model, kept=0.0)
+    assert not torch.allclose(layer.get_delta_weight("default"), change, rtol=0, atol=1e-3)
     after = model.state_dict()
     assert list(model.peft_config) == ["default"]
     assert before.keys() == after.keys()
