@@ -388,14 +388,10 @@ def main() -> None:
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--wait", action="store_true", help="go on waiting for adapters")
     args = parser.parse_args()
-<<<<<<< HEAD
     if args.command == "front":
         run_fronts(args)
         return
-    chosen = [(r, seed) for seed in args.seeds for r in MAIN if not args.only or r.name in args.only]
-=======
     chosen = [(r, seed) for seed in args.seeds for r in GROUPS[args.group] if not args.only or r.name in args.only]
->>>>>>> h3
     run_training(args, chosen)
 
 
