@@ -144,7 +144,9 @@ def test_predictions_are_the_formulas(statistics: Any) -> None:
     assert second_order(general, maps, from_backbone=True) == pytest.approx(
         float(basis.general_cost(0.3).sum()) * general.tokens / general.predicted, rel=1e-3
     )
-    assert first_order(general, maps) == pytest.approx(float(((x - torch.eye(4)) * other.cross).sum()), rel=1e-4)
+    assert first_order(general, maps) == pytest.approx(
+        float(((x - torch.eye(4)) * other.cross).sum()) * general.tokens / general.predicted, rel=1e-4
+    )
     assert first_order(general, {}) == second_order(task, {}) == 0.0
 
 

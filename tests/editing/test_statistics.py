@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,15 +19,20 @@ from grit_lightning.errors import DivergedError
 from grit_lightning.geometry_steps import GeometrySteps
 
 
+def _keep(kept: list[Tensor], _module: Any, _args: Any, out: Tensor) -> None:
+    out.retain_grad()
+    kept.append(out)
+
+
 def reference(model: PeftModel, rows: Any, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_a, Σ_g and Bᵀ∇B of one layer, from own hooks, one row at a time, in float64."""
     module = model.get_submodule(layer)
     down, up = module.lora_A["default"], module.lora_B["default"]
     a_sum, g_sum, grad = torch.zeros(4, 4).double(), torch.zeros(4, 4).double(), torch.zeros_like(up.weight).double()
-    tokens = predicted = 0
+    tokens = 0
     for row in rows:
         kept: list[Tensor] = []
-        handle = down.register_forward_hook(lambda _m, _i, out, kept=kept: None)
+        handle = down.register_forward_hook(partial(_keep, kept))
         ids = torch.tensor([row["input_ids"]])
         logits = model(input_ids=ids).logits[0, :-1]
         start, end = row["learnt"]
@@ -37,9 +43,9 @@ def reference(model: PeftModel, rows: Any, layer: str) -> tuple[Tensor, Tensor, 
         handle.remove()
         a, g = kept[0].detach()[0].double(), kept[0].grad[0].double()  # type: ignore[index]
         a_sum, g_sum, grad = a_sum + a.T @ a, g_sum + g.T @ g, grad + up.weight.grad.double()
-        tokens, predicted = tokens + len(row["input_ids"]), predicted + len(wanted)
+        tokens += len(row["input_ids"])
     model.zero_grad()
-    return a_sum / tokens, g_sum / tokens, up.weight.detach().double().T @ grad / predicted
+    return a_sum / tokens, g_sum / tokens, up.weight.detach().double().T @ grad / tokens
 
 
 def trainable(model: PeftModel) -> PeftModel:
