@@ -2,7 +2,8 @@
 
     python benchmarks/retention.py train --data DIR --work runs/retention [--group peers] [--only NAME …]
     python benchmarks/retention.py front --data DIR --work runs/retention
-    python benchmarks/retention.py report
+    python benchmarks/retention.py sensitivity --data DIR --work runs/retention
+    python benchmarks/retention.py report [--work runs/retention]
 
 `--data` is a folder with gsm8k/{train,test}.jsonl, alpaca/*.json, qnli/dev.tsv, prose/{wikitext2_valid.txt,wikitext2_test.txt,
 c4_demo.jsonl} and arc/arc_easy_dev.csv. `train` writes plain PEFT adapters, each by a plain loop: PEFT, AdamW, a cosine
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grit_lightning.forgetting.self_written import write_general
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from grit_lightning.backbones.loading import load_backbone, load_tokenizer
 from grit_lightning.batches import label_token_count, learnt_labels, model_inputs
 from grit_lightning.datamodules import AlpacaDataModule, GSM8KDataModule, QNLIDataModule
-from grit_lightning.editing import AdapterStatistics, Front, FrontPoint, HeldOut, measure_statistics
+from grit_lightning.editing import METHODS, AdapterStatistics, Front, FrontPoint, HeldOut, Target, measure_statistics
 from grit_lightning.editing.adapter import EditableAdapter
 from grit_lightning.editing.measuring import Measurement, Measurer
 from grit_lightning.editing.rows import batches_of
@@ -373,6 +375,109 @@ def run_fronts(args: argparse.Namespace) -> None:
             time.sleep(20)
 
 
+# Ablations and sensitivity: one adapter, everything but one thing as above, each searched for the same price.
+
+SEARCH = Target("task_tolerance", 0.005)
+EVALUATIONS = 5
+Statistics = tuple[AdapterStatistics, AdapterStatistics]
+
+
+def variants(bench: Bench, model: PeftModel) -> dict[str, Callable[[], Statistics]]:
+    """Return ways to take the statistics, by name; the first is the one that everything else is compared with."""
+    usual: list[Statistics] = []
+
+    def base() -> Statistics:
+        if not usual:
+            usual.append(bench.statistics(model))
+        return usual[0]
+
+    def general(rows: Mapping[str, list[dict[str, Any]]]) -> Statistics:
+        parts = [measure_statistics(model, blocks) for blocks in rows.values()]
+        return base()[0], AdapterStatistics.mixed(parts, [1.0] * len(parts))
+
+    def blocks(count: int) -> Callable[[], Statistics]:
+        return lambda: general(general_text(bench.tokenizer, bench.data, count))
+
+    def task(count: int) -> Callable[[], Statistics]:
+        return lambda: (measure_statistics(model, bench.calibration[:count]), base()[1])
+
+    def written() -> Statistics:
+        with model.disable_adapter():
+            rows = write_general(
+                model, bench.tokenizer, 2 * GENERAL_CALIBRATION, block_size=BLOCK, batch_size=16, seed=0
+            )
+        return general({"self": rows})
+
+    return {
+        "as above": base,
+        "4 blocks of general text": blocks(2),
+        "16 blocks": blocks(8),
+        "128 blocks": blocks(64),
+        "wikitext alone": lambda: general({"wikitext": bench.general["wikitext"]}),
+        "code alone": lambda: general({"code": other_code(bench.tokenizer)}),
+        "written by the backbone": written,
+        "16 rows of the task": task(16),
+        "256 rows of the task": task(256),
+    }
+
+
+def other_code(tokenizer: Any) -> list[dict[str, Any]]:
+    """Return blocks of code, other files than those that are measured."""
+    names = ("tarfile", "textwrap", "threading", "tokenize", "traceback", "typing", "uuid", "zipfile")
+    files = [(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py") for name in names]
+    texts = [file.read_text(encoding="utf-8")[:12000] for file in files if file.is_file()]
+    return text_blocks(
+        tokenizer, [text[i : i + 2000] for text in texts for i in range(0, len(text), 2000)], 2 * GENERAL_CALIBRATION
+    )
+
+
+def run_sensitivity(args: argparse.Namespace) -> None:
+    """Search every method, and retention with every variant of the statistics, on one adapter."""
+    tokenizer, backbone = load_tokenizer(BACKBONE), load_backbone(BACKBONE, dtype="bfloat16")
+    folder = args.work / "adapters" / args.adapter
+    bench = Bench(args.adapter.partition("-")[0], backbone, tokenizer, args.data)
+    output = args.work / "sensitivity" / args.adapter
+    with bench.adapter(folder) as model:
+        ways = variants(bench, model)
+        jobs = [(name, "retention", 1e-4, statistics) for name, statistics in ways.items()]
+        jobs += [(f"damping {damping:g}", "retention", damping, ways["as above"]) for damping in (1e-6, 1e-2)]
+        jobs[1:1] = [(method, method, 1e-4, ways["as above"]) for method in METHODS if method != "retention"]
+        for name, method, damping, statistics in jobs:
+            file = output / f"{name}.json"
+            if file.exists():
+                continue
+            start = time.perf_counter()
+            print(name, flush=True)
+            front = RecordingFront(EditableAdapter(model), *statistics(), bench.measurer(model), damping)
+            front.search(method, SEARCH, EVALUATIONS)
+            tokens = {held_out.name: [int(n) for n in held_out.tokens] for held_out in front.measurer.sets}
+            record = {"recipe": args.adapter, "variant": name, "method": method, "tokens": tokens, "points": front.raw}
+            write_text(file, json.dumps({**record, "seconds": round(time.perf_counter() - start, 1)}))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Gather raw numbers into the repository, print the tables, draw the figure."""
+    import retention_report as report
+
+    here = Path(__file__).parent
+    for name in ("fronts", "sensitivity"):
+        files = sorted((args.work / name).rglob("*.json")) if args.work else []
+        if files:
+            text = "\n".join(json.dumps(json.loads(file.read_text()), separators=(",", ":")) for file in files)
+            write_text(here / f"retention_{name}.jsonl", text + "\n")
+    records = report.read(here / "retention_fronts.jsonl")
+    groups = report.by_recipe(records)
+    print(report.price_table(groups), "\n")
+    for recipe, members in groups.items():
+        if len(members[0]["points"]) > 2:
+            print(f"### {recipe}\n\n{report.front_table(members)}\n")
+            print(f"chosen on half the rows, reported on the rest: {report.honest_choice(members)}\n")
+            print(report.peer_table(members, groups), "\n")
+    if (here / "retention_sensitivity.jsonl").exists():
+        print(report.sensitivity_table(report.read(here / "retention_sensitivity.jsonl")))
+    report.draw(groups, here.parent / "docs" / "assets" / "retention.png")
+
+
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,9 +492,15 @@ def main() -> None:
     command.add_argument("--data", type=Path, required=True)
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--wait", action="store_true", help="go on waiting for adapters")
+    command = commands.add_parser("sensitivity")
+    command.add_argument("--data", type=Path, required=True)
+    command.add_argument("--work", type=Path, required=True)
+    command.add_argument("--adapter", default="gsm8k-lr0.004-r16-seed41")
+    command = commands.add_parser("report")
+    command.add_argument("--work", type=Path, help="gather the raw numbers of this folder first")
     args = parser.parse_args()
-    if args.command == "front":
-        run_fronts(args)
+    if other := {"front": run_fronts, "sensitivity": run_sensitivity, "report": run_report}.get(args.command):
+        other(args)
         return
     chosen = [(r, seed) for seed in args.seeds for r in GROUPS[args.group] if not args.only or r.name in args.only]
     run_training(args, chosen)
