@@ -402,10 +402,8 @@ def variants(bench: Bench, model: PeftModel) -> dict[str, Callable[[], Statistic
         return lambda: (measure_statistics(model, bench.calibration[:count]), base()[1])
 
     def written() -> Statistics:
-        with model.disable_adapter():
-            rows = write_general(
-                model, bench.tokenizer, 2 * GENERAL_CALIBRATION, block_size=BLOCK, batch_size=16, seed=0
-            )
+        count = 2 * GENERAL_CALIBRATION
+        rows = write_general(model, bench.tokenizer, count, block_size=BLOCK, batch_size=16)
         return general({"self": rows})
 
     return {
@@ -426,9 +424,8 @@ def other_code(tokenizer: Any) -> list[dict[str, Any]]:
     names = ("tarfile", "textwrap", "threading", "tokenize", "traceback", "typing", "uuid", "zipfile")
     files = [(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py") for name in names]
     texts = [file.read_text(encoding="utf-8")[:12000] for file in files if file.is_file()]
-    return text_blocks(
-        tokenizer, [text[i : i + 2000] for text in texts for i in range(0, len(text), 2000)], 2 * GENERAL_CALIBRATION
-    )
+    pieces = [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
+    return text_blocks(tokenizer, pieces, 2 * GENERAL_CALIBRATION)
 
 
 def run_sensitivity(args: argparse.Namespace) -> None:
