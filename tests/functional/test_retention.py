@@ -166,6 +166,16 @@ def test_directions_without_statistics_are_damped_as_the_dense_system_says(facto
     torch.testing.assert_close(x, dense(said, 0.5, damping=1e-4), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("dead", [(0,), (1,), (0, 1), (2, 3)])
+def test_directions_without_statistics_need_no_damping_where_the_other_side_hears_them(factors, dead):
+    said = tuple(without(f, 0, 1) if i in dead else f for i, f in enumerate(factors))
+    torch.testing.assert_close(F.retention_map(*said, 0.5, damping=0.0), dense(said, 0.5), rtol=0, atol=1e-3)
+    exactly = tuple(f.clone() for f in factors)
+    for i in dead:
+        exactly[i][:, -1, :] = exactly[i][:, :, -1] = 0.0
+    torch.testing.assert_close(F.retention_map(*exactly, 0.5, damping=0.0), dense(exactly, 0.5), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-4])
 def test_a_dead_direction_of_the_adapter_stays_as_it_is_and_disturbs_none(factors, damping):
     dead = tuple(f.clone() for f in factors)
@@ -261,6 +271,17 @@ def test_mu_must_be_finite_and_not_negative(factors, mu):
             refused(mu)
     with pytest.raises(ValueError, match=r"^mu:"):
         F.retention_map(*factors, mu)
+
+
+def test_mus_must_be_one_a_layer(factors):
+    basis = F.retention_basis(*factors)
+    torch.testing.assert_close(basis.map(torch.tensor(0.5, dtype=torch.float64)), basis.map(0.5))
+    for wrong in (torch.ones(LAYERS + 1), torch.ones(1), torch.ones(LAYERS, 1)):
+        with pytest.raises(ValueError, match=r"^mu: expected one number per layer"):
+            basis.map(wrong)
+    for mu in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"^mu: expected finite numbers"):
+            F.retention_map(*factors, torch.tensor([1.0, mu, 0.0]))
 
 
 @pytest.mark.parametrize("damping", [-1e-4, float("inf"), float("nan")])
