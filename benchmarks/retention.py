@@ -101,6 +101,7 @@ PENALTIES = {
     "lalora_diag": (20.0, 200.0, 2000.0),
     "ewc": (6.0, 60.0, 600.0),
     "l2": (2e-4, 2e-3, 2e-2),
+    "change_kfac": (0.008, 0.08, 0.8),  # as large as the task's at 0.080
 }
 PEER_RECIPES = (
     Recipe("gsm8k", 4e-3, peer="replay", strength=0.05),
