@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.forgetting.general_text import BLOCK_SIZE, Row
 
+Progress = Callable[[str, int, int], None]
 _USER = "\U0010fffb"  # no template has it
 
 
@@ -39,6 +40,7 @@ def write_general(
     block_size: int = BLOCK_SIZE,
     batch_size: int = 8,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Have a backbone write general text, without its adapter.
 
@@ -52,6 +54,7 @@ def write_general(
         block_size: Tokens of a block, and the most of a conversation.
         batch_size: Rows that are written together; other sizes draw other rows.
         seed: Determines what is drawn.
+        progress: Is told what is written, how many rows of it are there, and how many there will be.
 
     Returns:
         Rows, blocks before conversations. In a block every token but the first counts, in a conversation the answer.
@@ -71,11 +74,11 @@ def write_general(
     off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with isolate_rng(), off, _sampling(base):
         torch.manual_seed(seed)
-        written = [
-            _block(ids) for ids in _continue(base, [[_first(tokenizer)]] * (rows - talks), block_size, batch_size)
-        ]
+        writer = _Writer(base, batch_size, rows + talks, progress)
+        texts = writer.go_on([[_first(tokenizer)]] * (rows - talks), block_size)
+        written = [{"input_ids": ids, "learnt": [1, len(ids)]} for ids in texts]
         if chat is not None:
-            written += _conversations(base, chat, talks, block_size, batch_size)
+            written += _conversations(writer, chat, talks, block_size)
     return written
 
 
@@ -112,43 +115,58 @@ class _Chat:
         return cls(ids[0], ids[1], frozenset([*user_ends, *eos]), frozenset([*template.stop_ids, *eos]))
 
 
-def _conversations(base: PreTrainedModel, chat: _Chat, count: int, block_size: int, batch_size: int) -> list[Row]:
+@dataclass
+class _Writer:
+    """Continues texts with what a model draws.
+
+    Attributes:
+        base: The model.
+        batch_size: Texts at a time.
+        total: How many will be continued, to tell `progress`.
+        progress: Is told how many have been.
+        done: How many have been.
+    """
+
+    base: PreTrainedModel
+    batch_size: int
+    total: int
+    progress: Progress | None = None
+    done: int = 0
+
+    def go_on(self, prompts: Sequence[list[int]], length: int, ends: frozenset[int] = frozenset()) -> list[list[int]]:
+        """Continue prompts up to `length` tokens, prompt included, or until all of a batch have come to an end."""
+        device = self.base.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        found: list[list[int]] = []
+        for begin in range(0, len(prompts), self.batch_size):
+            batch = prompts[begin : begin + self.batch_size]
+            sequences = [torch.tensor(ids) for ids in batch]
+            inputs = pad(sequences, 0, "left").to(device)
+            mask = pad([torch.ones_like(ids) for ids in sequences], 0, "left").to(device)
+            new = _generate(self.base, inputs, mask, length - min(map(len, batch)), ends)
+            found += [(ids + more)[:length] for ids, more in zip(batch, new.tolist(), strict=True)]
+            self.done += len(batch)
+            if self.progress is not None:
+                self.progress("text of the base model's own", self.done, self.total)
+        return found
+
+
+def _conversations(writer: _Writer, chat: _Chat, count: int, block_size: int) -> list[Row]:
     """Have messages written, and then their answers; a message may take half of the room."""
-    longest = (block_size - len(chat.before) - len(chat.behind)) // 2
+    around = len(chat.before) + len(chat.behind)
+    longest = (block_size - around) // 2
     if longest < 1:
         raise InvalidValueError(
-            f"Self-written text: expected a block size with room for the chat template, {len(chat.before) + len(chat.behind)} "
-            f"tokens, and a message and its answer, got {block_size}. Raise it."
+            f"Self-written text: expected a block size with room for the chat template, {around} tokens, and a message and its "
+            f"answer, got {block_size}. Raise it."
         )
     start = len(chat.before)
-    messages = _continue(base, [chat.before] * count, start + longest, batch_size, chat.user_ends)
+    messages = writer.go_on([chat.before] * count, start + longest, chat.user_ends)
     prompts = [_up_to(ids, start, chat.user_ends) + chat.behind for ids in messages]
     rows: list[Row] = []
-    for prompt, ids in zip(prompts, _continue(base, prompts, block_size, batch_size, chat.answer_ends), strict=True):
-        answer = _up_to(ids, len(prompt), chat.answer_ends)
-        whole = ids[: len(answer) + 1]  # with its end, if it came to one
+    for prompt, ids in zip(prompts, writer.go_on(prompts, block_size, chat.answer_ends), strict=True):
+        whole = ids[: len(_up_to(ids, len(prompt), chat.answer_ends)) + 1]  # with its end, if it came to one
         rows.append({"input_ids": whole, "learnt": [len(prompt), len(whole)]})
     return rows
-
-
-def _continue(
-    base: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    length: int,
-    batch_size: int,
-    ends: frozenset[int] = frozenset(),
-) -> list[list[int]]:
-    """Continue prompts up to `length` tokens, prompt included, or until all of a batch have come to an end."""
-    device = base.get_input_embeddings().weight.device  # type: ignore[union-attr]
-    found: list[list[int]] = []
-    for begin in range(0, len(prompts), batch_size):
-        batch = prompts[begin : begin + batch_size]
-        sequences = [torch.tensor(ids) for ids in batch]
-        inputs = pad(sequences, 0, "left").to(device)
-        mask = pad([torch.ones_like(ids) for ids in sequences], 0, "left").to(device)
-        new = _generate(base, inputs, mask, length - min(map(len, batch)), ends)
-        found += [(ids + more)[:length] for ids, more in zip(batch, new.tolist(), strict=True)]
-    return found
 
 
 def _generate(base: PreTrainedModel, inputs: Tensor, mask: Tensor, tokens: int, ends: frozenset[int]) -> Tensor:
@@ -185,10 +203,6 @@ def _first(tokenizer: PreTrainedTokenizerBase) -> int:
         "Self-written text: expected a tokenizer with a bos_token or an eos_token to begin with, got one with neither. Set one "
         "of them."
     )
-
-
-def _block(ids: list[int]) -> Row:
-    return {"input_ids": ids, "learnt": [1, len(ids)]}
 
 
 def _up_to(ids: list[int], start: int, ends: frozenset[int]) -> list[int]:

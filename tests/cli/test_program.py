@@ -98,7 +98,7 @@ def test_help_lists_all_subcommands_and_all_shipped_configurations_in_whole_sent
     shown = capsys.readouterr().out
     assert shown == overview()
     assert set(GritCLI.subcommands()) < set(PURPOSES)
-    assert len(PURPOSES) == 9
+    assert len(PURPOSES) == 10
     words = shown.replace(",", " ").split()
     assert {*PURPOSES, *shipped_configs()} <= set(words)
     assert all(purpose.endswith(".") for purpose in PURPOSES.values())
