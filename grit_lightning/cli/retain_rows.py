@@ -91,34 +91,34 @@ def task_rows(
         raise InvalidValueError(
             f"--task_metric: expected none for a mixture, which has no metric of its own, got {metric!r}. Leave it out."
         )
-    first: list[Row] = []
-    second: list[Row] = []
-    remarks: list[str] = []
-    scores: Metric | None = None
+    found = TaskRows([], [], [])
     for task in tasks:
         trained, judged = task.examples("train"), task.examples("validation")
         chosen = draw(len(judged), -(-held_out // len(tasks)), seed)
         kept = _not_trained_on(judged, chosen, trained)
-        if not kept:
-            raise InvalidValueError(
-                f"--data: expected validation rows of {task.task_name} that are no training rows, got {len(chosen)} that are. "
-                "A choice measured on what was learnt looks better than it is: set data.source to rows with a split of its own."
-            )
-        if len(kept) < len(chosen):
-            remarks.append(
-                f"{task.task_name}: {len(chosen) - len(kept)} of {len(chosen)} validation rows are training rows too, and are "
-                "left out."
-            )
-        if task.table.test_split == "validation":
-            remarks.append(
-                f"{task.task_name}: results are reported on the validation split, {len(kept)} of whose {len(judged):,} rows "
-                "steer the choice here."
-            )
-        first += _rows(trained, draw(len(trained), -(-calibration // len(tasks)), seed))
-        second += _rows(judged, kept)
+        found.calibration.extend(_rows(trained, draw(len(trained), -(-calibration // len(tasks)), seed)))
+        found.held_out.extend(_rows(judged, kept))
+        found.remarks.extend(_remarks(task, len(chosen), len(kept)))
         if metric is not None:
-            scores = metric_of(task, kept, metric, generation or GenerationSettings(), batch_size)
-    return TaskRows(first, second, remarks, scores)
+            found = found._replace(metric=metric_of(task, kept, metric, generation or GenerationSettings(), batch_size))
+    return found
+
+
+def _remarks(task: RowsDataModule, drawn: int, kept: int) -> Iterator[str]:
+    """Say what is worth knowing of the rows to measure on.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not kept:
+        raise InvalidValueError(
+            f"data: expected validation rows of {task.task_name} that are no training rows, got {drawn} that are. A choice "
+            "measured on what was learnt looks better than it is: set data.source to rows with a split of their own."
+        )
+    if kept < drawn:
+        yield f"{task.task_name}: {drawn - kept} of {drawn} validation rows are training rows too, and are left out."
+    if task.table.test_split == "validation":
+        yield f"{task.task_name}: {kept} rows of the validation split, on which results are reported, steer the choice here."
 
 
 def metric_of(
@@ -189,7 +189,7 @@ def _of_others(module: LightningDataModule, calibration: int, held_out: int) -> 
     module.setup("fit")
     if not is_overridden("val_dataloader", module):
         raise InvalidValueError(
-            f"--data: expected validation rows to measure on, got a {type(module).__name__} without val_dataloader. Add one."
+            f"data: expected validation rows to measure on, got a {type(module).__name__} without val_dataloader. Add one."
         )
     first = _first_rows(module.train_dataloader, calibration)
     content = {_content(row["input_ids"]) for row in first}
@@ -197,7 +197,7 @@ def _of_others(module: LightningDataModule, calibration: int, held_out: int) -> 
     kept = [row for row in second if _content(row["input_ids"]) not in content]
     if not kept:
         raise InvalidValueError(
-            f"--data: expected validation rows that are no training rows, got none in the first batches of a "
+            f"data: expected validation rows that are no training rows, got none in the first batches of a "
             f"{type(module).__name__}. Change them."
         )
     return TaskRows(first, kept, [])
