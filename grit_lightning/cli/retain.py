@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grit_lightning.cli.retain_words import SELF, TARGETS, check_words, named_backbone, retain_parser
+from grit_lightning.cli.retain_words import SELF, TARGETS, backbone_words, check_words, retain_parser
 from grit_lightning.cli.run_words import settle
 from grit_lightning.errors import InvalidValueError
 from grit_lightning.runs.atomic import require_free_folder
@@ -33,8 +33,8 @@ def retain_command(words: Sequence[str]) -> None:
     check_words(parser, own)
     output = require_free_folder(Path(own.output))
     if own.adapter is not None:
-        named = own.backbone or named_backbone(own.adapter)
-        settled = [*settle("fit", rest), f"--model.backbone={named}"]
+        backbone = backbone_words(own.adapter, own.backbone)  # what is wrong with the folder is said before the data
+        settled = [*settle("fit", rest), *backbone]
     else:
         settled = settle("fit", [*rest, f"--ckpt_path={own.ckpt_path}"])
         settled += [f"--model.backbone={own.backbone}"] if own.backbone else []
@@ -143,7 +143,7 @@ def _general(
     backbone = load_backbone(**options)
     device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if backbone.device != torch.device(device):
-        backbone.to(device)  # type: ignore[arg-type]  # takes a name too
+        backbone.to(device)
     if written:
         general[SELF] = _self_written(own, written[0], backbone, tokenizer, seed, doing)
     return backbone, general
@@ -169,7 +169,8 @@ def _self_written(
             {"text of its own": own.calibration_blocks, "text of its own, held out": own.held_out_blocks}.items()
         )
     ]
-    remark = f"{len(sides[0])} rows that the base model has written, {len(sides[1])} others held out"
+    talks = sum(row["learnt"][0] > 1 for row in sides[0])
+    remark = f"{len(sides[0])} rows that the base model has written ({talks} conversations), {len(sides[1])} held out"
     return GeneralRows(sides[0], sides[1], source.weight, remark)
 
 

@@ -27,7 +27,7 @@ def console_for(*, stderr: bool = False) -> Console:
 
 
 class Doing:
-    """Says what is being done: bars on a terminal, elsewhere a line when something is finished.
+    """Says what has been done, a line each, and on a terminal with a bar what is being done.
 
     Args:
         console: Where to.
@@ -57,7 +57,9 @@ class Doing:
             self._known[name] = (task, time.perf_counter())
         task, since = self._known[name]
         self._bars.update(task, completed=done)
-        if done == total and not self.console.is_terminal:
+        if done == total:
+            self._bars.remove_task(task)
+            del self._known[name]
             self.say(f"{name}: {total:,} rows, {time.perf_counter() - since:.1f} s")
 
     def say(self, line: str) -> None:
@@ -130,6 +132,6 @@ def verdict(result: RetentionResult) -> str:
     strength = f"μ {chosen.mu:.3g}" if math.isfinite(chosen.mu) else "the base model"
     if before <= 0:
         return f"The adapter had forgotten nothing of this text ({before:+.4f} nats per token); at {strength} {cost}."
-    share = f"{1 - after / before:.0%} of" if after > 0 else "all of"
+    share = "all of" if after <= 0 else "nothing of" if after >= before else f"{1 - after / before:.0%} of"
     forgotten = f"{before:+.4f} → {after:+.4f} nats per token above the base model"
     return f"{strength} undoes {share} what was forgotten ({forgotten}); {cost}."

@@ -107,8 +107,8 @@ def check_words(parser: FitWordsParser, own: argparse.Namespace) -> None:
         parser.error("--task_metric: expected --task_tolerance, which it is the measure of, got none. Add it.")
 
 
-def named_backbone(folder: str) -> str:
-    """Return the backbone that the folder of a plain LoRA names.
+def backbone_words(folder: str, given: str | None) -> list[str]:
+    """Return the words of `grit fit` for the backbone of a plain LoRA: the one that is given, or that its folder names.
 
     Raises:
         FileNotFoundError: It is no folder of PEFT.
@@ -119,16 +119,21 @@ def named_backbone(folder: str) -> str:
         raise MissingFileError(
             f"--adapter: expected a folder with adapter_config.json, as PEFT writes it, got {folder}, which has none."
         )
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidValueError(f"--adapter: expected JSON in {file}, got what cannot be read: {error}.") from error
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise InvalidValueError(
             f"--adapter: expected a plain LoRA, whose B can be edited by itself, got a {kind} in {folder}. Choose another."
         )
-    named: str | None = settings.get("base_model_name_or_path")
-    if not named:
+    if given is not None:
+        return [f"--model.backbone={given}"]
+    if not settings.get("base_model_name_or_path"):
         raise InvalidValueError(
             f"--backbone: expected the model that {folder} was trained on, as its adapter_config.json names none, got none. "
             "Set it."
         )
-    return named
+    words = [f"--model.backbone={settings['base_model_name_or_path']}"]
+    return words + ([f"--model.revision={settings['revision']}"] if settings.get("revision") else [])

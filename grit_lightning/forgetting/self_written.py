@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from grit_lightning.errors import InvalidValueError
 from grit_lightning.forgetting.general_text import BLOCK_SIZE, Row
 
 Progress = Callable[[str, int, int], None]
+NAME = "text of the model's own"
 _USER = "\U0010fffb"  # no template has it
 
 
@@ -71,14 +73,18 @@ def write_general(
     require_context(base, block_size, "self-written text", "the block size")
     chat = _Chat.of(tokenizer)
     talks = 0 if chat is None else rows // 2
+    kinds = [(partial(_blocks, base, _first(tokenizer), block_size), rows - talks)]
+    if chat is not None:
+        kinds.append((partial(_conversations, base, chat, block_size), talks))
+    written: list[Row] = []
     off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with isolate_rng(), off, _sampling(base):
         torch.manual_seed(seed)
-        writer = _Writer(base, batch_size, rows + talks, progress)
-        texts = writer.go_on([[_first(tokenizer)]] * (rows - talks), block_size)
-        written = [{"input_ids": ids, "learnt": [1, len(ids)]} for ids in texts]
-        if chat is not None:
-            written += _conversations(writer, chat, talks, block_size)
+        for write, count in kinds:
+            for start in range(0, count, batch_size):
+                written += write(min(batch_size, count - start))
+                if progress is not None:
+                    progress(NAME, len(written), rows)
     return written
 
 
@@ -115,42 +121,12 @@ class _Chat:
         return cls(ids[0], ids[1], frozenset([*user_ends, *eos]), frozenset([*template.stop_ids, *eos]))
 
 
-@dataclass
-class _Writer:
-    """Continues texts with what a model draws.
-
-    Attributes:
-        base: The model.
-        batch_size: Texts at a time.
-        total: How many will be continued, to tell `progress`.
-        progress: Is told how many have been.
-        done: How many have been.
-    """
-
-    base: PreTrainedModel
-    batch_size: int
-    total: int
-    progress: Progress | None = None
-    done: int = 0
-
-    def go_on(self, prompts: Sequence[list[int]], length: int, ends: frozenset[int] = frozenset()) -> list[list[int]]:
-        """Continue prompts up to `length` tokens, prompt included, or until all of a batch have come to an end."""
-        device = self.base.get_input_embeddings().weight.device  # type: ignore[union-attr]
-        found: list[list[int]] = []
-        for begin in range(0, len(prompts), self.batch_size):
-            batch = prompts[begin : begin + self.batch_size]
-            sequences = [torch.tensor(ids) for ids in batch]
-            inputs = pad(sequences, 0, "left").to(device)
-            mask = pad([torch.ones_like(ids) for ids in sequences], 0, "left").to(device)
-            new = _generate(self.base, inputs, mask, length - min(map(len, batch)), ends)
-            found += [(ids + more)[:length] for ids, more in zip(batch, new.tolist(), strict=True)]
-            self.done += len(batch)
-            if self.progress is not None:
-                self.progress("text of the base model's own", self.done, self.total)
-        return found
+def _blocks(base: PreTrainedModel, first: int, block_size: int, count: int) -> list[Row]:
+    written = _continue(base, [[first]] * count, block_size)
+    return [{"input_ids": ids, "learnt": [1, len(ids)]} for ids in written]
 
 
-def _conversations(writer: _Writer, chat: _Chat, count: int, block_size: int) -> list[Row]:
+def _conversations(base: PreTrainedModel, chat: _Chat, block_size: int, count: int) -> list[Row]:
     """Have messages written, and then their answers; a message may take half of the room."""
     around = len(chat.before) + len(chat.behind)
     longest = (block_size - around) // 2
@@ -160,13 +136,25 @@ def _conversations(writer: _Writer, chat: _Chat, count: int, block_size: int) ->
             f"answer, got {block_size}. Raise it."
         )
     start = len(chat.before)
-    messages = writer.go_on([chat.before] * count, start + longest, chat.user_ends)
+    messages = _continue(base, [chat.before] * count, start + longest, chat.user_ends)
     prompts = [_up_to(ids, start, chat.user_ends) + chat.behind for ids in messages]
     rows: list[Row] = []
-    for prompt, ids in zip(prompts, writer.go_on(prompts, block_size, chat.answer_ends), strict=True):
+    for prompt, ids in zip(prompts, _continue(base, prompts, block_size, chat.answer_ends), strict=True):
         whole = ids[: len(_up_to(ids, len(prompt), chat.answer_ends)) + 1]  # with its end, if it came to one
         rows.append({"input_ids": whole, "learnt": [len(prompt), len(whole)]})
     return rows
+
+
+def _continue(
+    base: PreTrainedModel, prompts: Sequence[list[int]], length: int, ends: frozenset[int] = frozenset()
+) -> list[list[int]]:
+    """Continue prompts up to `length` tokens, prompt included, or until all have come to an end."""
+    device = base.get_input_embeddings().weight.device
+    sequences = [torch.tensor(ids) for ids in prompts]
+    inputs = pad(sequences, 0, "left").to(device)
+    mask = pad([torch.ones_like(ids) for ids in sequences], 0, "left").to(device)
+    new = _generate(base, inputs, mask, length - min(map(len, prompts)), ends)
+    return [(ids + more)[:length] for ids, more in zip(prompts, new.tolist(), strict=True)]
 
 
 def _generate(base: PreTrainedModel, inputs: Tensor, mask: Tensor, tokens: int, ends: frozenset[int]) -> Tensor:
@@ -175,7 +163,7 @@ def _generate(base: PreTrainedModel, inputs: Tensor, mask: Tensor, tokens: int, 
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, use_cache=True, **stops
     )
-    sequences: Any = base.generate(input_ids=inputs, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    sequences: Any = base.generate(input_ids=inputs, attention_mask=mask, generation_config=config)
     new: Tensor = sequences[:, inputs.shape[1] :]
     return new
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.cli.program import main
+from grit_lightning.cli.retain_text import Doing, verdict
+from grit_lightning.editing import Change, FrontPoint
 
 Run = Callable[..., str]
 
@@ -167,10 +172,44 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
     main(["retain", *last, *words, *general, "--task_tolerance=1", "--output=out"])
 
     shown = capsys.readouterr().out
-    for said in ("metric", "mean above base", "self: 48 rows that the base model has written, 4 others held out"):
+    for said in (
+        "metric",
+        "mean above base",
+        "self: 48 rows that the base model has written (0 conversations), 4 held out",
+    ):
         assert said in shown
     backbone = LlamaForCausalLM.from_pretrained(tiny_backbone_dir)
     assert PeftModel.from_pretrained(backbone, "out").peft_config["default"].r <= 5  # the run's
+
+
+def test_on_a_terminal_what_is_done_has_a_bar_and_then_a_line() -> None:
+    file = io.StringIO()
+    doing = Doing(Console(file=file, force_terminal=True, width=80, highlight=False))
+    with doing.shown():
+        doing("statistics of [wiki]", 1, 2)
+        assert [task.description for task in doing._bars.tasks] == ["statistics of \\[wiki]"]
+        doing("statistics of [wiki]", 2, 2)
+        assert doing._bars.tasks == []
+    assert "statistics of [wiki]: 2 rows, " in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.1, 0.014, "μ 0.1 undoes 86% of what was forgotten (+0.1000 → +0.0140 nats per token above the base model);"),
+        (0.1, -0.01, "μ 0.1 undoes all of what was forgotten"),
+        (0.1, 0.12, "μ 0.1 undoes nothing of what was forgotten"),
+        (-0.02, -0.03, "The adapter had forgotten nothing of this text (-0.0200 nats per token); at μ 0.1"),
+    ],
+)
+def test_the_verdict_says_what_was_undone(before: float, after: float, said: str) -> None:
+    points = [
+        FrontPoint("unedited", 0.0, Change(0.7, 0.0, (0.0, 0.0)), Change(3.0, before, None), {}),
+        FrontPoint("retention", 0.1, Change(0.7, 0.0003, (-0.001, 0.002)), Change(3.0, after, None), {}),
+    ]
+    shown = verdict(SimpleNamespace(front=points, chosen=points[1]))
+    assert shown.startswith(said)
+    assert shown.endswith("the task's loss changes by +0.0003 (-0.0010 … +0.0020).")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +230,7 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
         (["--mu=0.1", "--adapter=nowhere"], "--adapter: expected a folder with adapter_config.json"),
         (["--mu=0.1", "--adapter=ia3"], "--adapter: expected a plain LoRA, whose B can be edited by itself, got a IA3"),
         (["--mu=0.1", "--adapter=dora"], "got a DoRA"),
+        (["--mu=0.1", "--adapter=broken"], "--adapter: expected JSON in broken/adapter_config.json"),
         (["--mu=0.1", "--adapter=nameless"], "--backbone: expected the model that nameless was trained on"),
         (["--mu=0.1", "--adapter=wide"], "--backbone: expected the model that wide was trained on"),
         (["--mu=0.1", "--block_size=200"], "--block_size: expected at most the 128 tokens"),
@@ -211,6 +251,8 @@ def test_what_cannot_be_is_said_in_one_sentence_and_nothing_is_written(
     for name, changed in {"dora": {"use_dora": True}, "nameless": {"base_model_name_or_path": None}}.items():
         Path(name).mkdir()
         Path(name, "adapter_config.json").write_text(json.dumps(settings | changed))
+    Path("broken").mkdir()
+    Path("broken/adapter_config.json").write_text('{"peft_type": "LO')
     if "--adapter=ia3" in given:
         ia3 = IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
         get_peft_model(LlamaForCausalLM.from_pretrained(home / "backbone"), ia3).save_pretrained("ia3")
