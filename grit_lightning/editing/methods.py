@@ -67,6 +67,17 @@ def shuffled(task: GroupStatistics, general: GroupStatistics, mu: float, damping
     return basis._replace(ratio=ratio).map(mu).to(task.a_cov.dtype)
 
 
+def gradient_step(task: GroupStatistics, general: GroupStatistics, mu: float, damping: float) -> Tensor:
+    """Use the measured gradient of general text where retention takes the Fisher's word for it, G_p S_p.
+
+    X minimises ½ tr((X−I)ᵀ G_t (X−I) S_t) + μ (⟨E[g aᵀ], X−I⟩ + ½ tr((X−I)ᵀ G_p (X−I) S_p)), both losses expanded at X = I.
+    """
+    basis = F.retention_basis(task.a_cov, task.g_cov, general.a_cov, general.g_cov, damping)
+    pull = basis.g_basis.mT @ general.cross.double() @ basis.a_basis
+    step = -mu * pull / (1.0 + mu * basis.ratio)
+    return _identity(task.a_cov) + (basis.g_basis @ step @ basis.a_basis.mT).to(task.a_cov.dtype)
+
+
 def balanced_cut(task: GroupStatistics, general: GroupStatistics, mu: float, damping: float) -> Tensor:
     """Keep the first r / (1 + μ) of the task's balanced directions, as a smaller adapter would."""
     r = task.a_cov.shape[-1]
@@ -83,6 +94,7 @@ METHODS: Mapping[str, Method] = {
     "task_fisher_only": task_fisher_only,
     "general_fisher_only": general_fisher_only,
     "shuffled": shuffled,
+    "gradient_step": gradient_step,
     "balanced_cut": balanced_cut,
 }
 """By name; the first is ours."""
@@ -108,7 +120,7 @@ def first_order(statistics: AdapterStatistics, maps: Maps) -> float:
         F.first_order_change(group.cross, torch.stack([maps[name] for name in group.names])).sum()
         for group in statistics.groups
     ]
-    return float(torch.stack(changes).sum())
+    return float(torch.stack(changes).sum()) * statistics.per_predicted
 
 
 def second_order(statistics: AdapterStatistics, maps: Maps, *, from_backbone: bool = False) -> float:
@@ -119,7 +131,7 @@ def second_order(statistics: AdapterStatistics, maps: Maps, *, from_backbone: bo
         x = torch.stack([maps[name] for name in group.names]) if maps else one
         kept = one - x if from_backbone else x  # the output moves by (I − kept) a
         total += F.projection_cost(group.a_cov, group.g_cov, kept).double().sum().cpu()
-    return float(total) * statistics.tokens / max(statistics.predicted, 1)
+    return float(total) * statistics.per_predicted
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class GroupStatistics:
         names: Names of the layers in the model.
         a_cov: Σ_a `[L, r, r]`, mean over all tokens that were read.
         g_cov: Σ_g `[L, r, r]`, of gradients of the sum of token losses, mean over the same tokens.
-        cross: E[g aᵀ] = Bᵀ∇B `[L, r, r]` of the mean loss over predicted tokens, for `functional.first_order_change`.
+        cross: E[g aᵀ] = Bᵀ∇B `[L, r, r]`, mean over the same tokens, for `functional.first_order_change`.
     """
 
     names: tuple[str, ...]
@@ -47,12 +47,17 @@ class AdapterStatistics:
     Attributes:
         groups: By rank.
         tokens: Tokens that were read, padding left out.
-        predicted: Tokens that were predicted; `tokens / predicted` turns costs per token read into nats per token predicted.
+        predicted: Tokens that were predicted.
     """
 
     groups: tuple[GroupStatistics, ...]
     tokens: float
     predicted: float
+
+    @property
+    def per_predicted(self) -> float:
+        """Tokens read for each that was predicted: what turns a cost per token read into nats per token predicted."""
+        return self.tokens / max(self.predicted, 1)
 
     @classmethod
     def mixed(cls, parts: Sequence[AdapterStatistics], weights: Sequence[float]) -> AdapterStatistics:
@@ -148,13 +153,13 @@ def _stream(
     geometry.step(precondition=False)  # closes the window, as after an optimizer step
     if geometry.counters["rejected"]:
         raise _diverged(name, "gradients")
-    groups = tuple(_statistics(*pair, predicted) for pair in zip(geometry.groups, cross, strict=True))
+    groups = tuple(_statistics(*pair, tokens) for pair in zip(geometry.groups, cross, strict=True))
     return AdapterStatistics(groups, tokens, predicted)
 
 
-def _statistics(group: RankGroup, cross: Tensor, predicted: int) -> GroupStatistics:
+def _statistics(group: RankGroup, cross: Tensor, tokens: int) -> GroupStatistics:
     names = tuple(site.name for site in group.sites)
-    return GroupStatistics(names, group.a_cov.clone(), group.g_cov.clone(), cross / max(predicted, 1))
+    return GroupStatistics(names, group.a_cov.clone(), group.g_cov.clone(), cross / max(tokens, 1))
 
 
 def _diverged(name: str, what: str) -> DivergedError:
