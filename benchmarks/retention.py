@@ -482,24 +482,18 @@ def run_zero_shot(args: argparse.Namespace) -> None:
     with bench.adapter(args.work / "adapters" / args.adapter) as model:
         statistics = bench.statistics(model)
         editable = EditableAdapter(model)
+
+        def logits_of(batch: dict[str, Tensor]) -> Tensor:
+            return model(**model_inputs(batch, LOGITS, with_loss=False, trim=True), use_cache=False).logits
+
         record: dict[str, Any] = {"recipe": args.adapter, "questions": args.questions, "points": []}
         for method, mu in ZERO_SHOT:
-            maps = (
-                {}
-                if method == "unedited"
-                else maps_of("scaling" if method == "backbone" else method, *statistics, mu, 1e-4)
-            )
             if method == "backbone":
-                maps = {name: torch.zeros_like(x) for name, x in maps.items()}
+                maps = {name: torch.zeros(r, r) for name, r in editable.ranks.items()}
+            else:
+                maps = maps_of(method, *statistics, mu, 1e-4) if mu else {}
             with editable.edited(maps):
-                scores = log_likelihoods(
-                    lambda batch: (
-                        model(**model_inputs(batch, LOGITS, with_loss=False, trim=True), use_cache=False).logits
-                    ),
-                    questions.sequences,
-                    8,
-                    torch.device("cpu"),
-                )
+                scores = log_likelihoods(logits_of, questions.sequences, 8, torch.device("cpu"))
             values = {name: value.tolist() for name, value in questions.values(scores.double()).items()}
             means = {name: sum(value) / len(value) for name, value in values.items()}
             print(method, mu, means, flush=True)
