@@ -125,7 +125,7 @@ def test_a_plain_adapter_becomes_one_that_forgets_less_and_that_plain_peft_loads
     for said in (
         "adapter as it is",
         "→ retained, μ",
-        "(WiSE-FT)",
+        "WiSE-FT, α",
         "base model",
         "undoes",
         "PeftModel.from_pretrained(",
@@ -174,7 +174,7 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
     shown = capsys.readouterr().out
     for said in (
         "metric",
-        "mean above base",
+        "mean, above base",
         "self: 48 rows that the base model has written (0 conversations), 4 held out",
     ):
         assert said in shown
