@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.cli.program import main
 from grit_lightning.cli.retain_text import Doing, verdict
+from grit_lightning.cli.retain_words import backbone_words
 from grit_lightning.editing import Change, FrontPoint
 
 Run = Callable[..., str]
@@ -180,6 +181,14 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
         assert said in shown
     backbone = LlamaForCausalLM.from_pretrained(tiny_backbone_dir)
     assert PeftModel.from_pretrained(backbone, "out").peft_config["default"].r <= 5  # the run's
+
+
+def test_the_backbone_is_the_one_that_is_given_or_else_the_one_that_the_adapter_names(tmp_path: Path) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "owner/name", "revision": "v2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+
+    assert backbone_words(str(tmp_path), None) == ["--model.backbone=owner/name", "--model.revision=v2"]
+    assert backbone_words(str(tmp_path), "mine") == ["--model.backbone=mine"]
 
 
 def test_on_a_terminal_what_is_done_has_a_bar_and_then_a_line() -> None:
