@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grit_lightning.cli.retain_words import SELF, TARGETS, backbone_words, check_words, retain_parser
+from grit_lightning.cli.retain_words import SELF, TARGETS, backbone_words, check_words, output_folder, retain_parser
 from grit_lightning.cli.run_words import settle
 from grit_lightning.errors import InvalidValueError
-from grit_lightning.runs.atomic import require_free_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ def retain_command(words: Sequence[str]) -> None:
     parser = retain_parser()
     own, rest = parser.split(words)
     check_words(parser, own)
-    output = require_free_folder(Path(own.output))
+    output = output_folder(own)
     if own.adapter is not None:
         backbone = backbone_words(own.adapter, own.backbone)  # what is wrong with the folder is said before the data
         settled = [*settle("fit", rest), *backbone]
@@ -44,7 +44,7 @@ def retain_command(words: Sequence[str]) -> None:
     console = console_for(stderr=own.json)
     with Doing(console).shown() as doing:
         result, sources = _retained(own, settled, doing)
-        result.save(output)
+        _write(result, output)
     if own.json:
         sys.stdout.write(json.dumps(_plain(result, output), indent=2) + "\n")
         return
@@ -83,6 +83,20 @@ def _retained(own: argparse.Namespace, words: Sequence[str], doing: Doing) -> tu
         progress=doing,
     )
     return result, list(general)
+
+
+def _write(result: RetentionResult, output: Path) -> None:
+    """Write the folder; one that is there already is put aside, and comes back if that fails."""
+    if not output.is_dir() or not any(output.iterdir()):
+        result.save(output)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
+        before = output.rename(Path(aside) / output.name)
+        try:
+            result.save(output)
+        except BaseException:
+            before.rename(output)
+            raise
 
 
 def _peers(named: Sequence[str]) -> list[str]:

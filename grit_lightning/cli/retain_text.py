@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from grit_lightning.editing.front import FrontPoint
+    from grit_lightning.editing.measuring import Change
     from grit_lightning.export.retention import RetentionResult
 
 _WIDE = 200  # characters of a line that goes into a file
@@ -76,19 +77,17 @@ def print_front(console: Console, result: RetentionResult, sources: Sequence[str
         sources: Names of the general sets.
     """
     points = [point for _, point in sorted(enumerate(result.front), key=lambda pair: (_place(pair[1]), pair[0]))]
-    with_metric = result.chosen.metric is not None
-    table = Table("", "task loss", "change", *(("metric", "change") if with_metric else ()))
+    names = ["task loss, change", *(["metric, change"] if result.chosen.metric else [])]
+    names += [f"{name}, above base" for name in sources] + ["mean, above base"] * (len(sources) > 1)
+    table = Table("", *names)
     if not console.is_terminal:
         table.box, table.padding = None, (0, 2, 0, 0)
-    for name in sources:
-        table.add_column(name)
-        table.add_column("above base")
-    if len(sources) > 1:
-        table.add_column("mean above base")
     for point in points:
         chosen = point == result.chosen
-        cells = [f"{'→' if chosen else ' '} {label(point)}", *_cells(point, sources, with_metric)]
-        table.add_row(*cells, style="bold" if chosen else None)
+        changes = [point.task, *([point.metric] if point.metric else []), *(point.beside[name] for name in sources)]
+        changes += [point.general] * (len(sources) > 1)
+        cells = (_cell(change, "\n" if console.is_terminal else " ") for change in changes)
+        table.add_row(f"{'→' if chosen else ' '} {label(point)}", *cells, style="bold" if chosen else None)
     console.print()
     console.print(table)
 
@@ -102,22 +101,18 @@ def _place(point: FrontPoint) -> int:
 def label(point: FrontPoint) -> str:
     """Say in words what an edit is."""
     if point.method == "scaling":
-        return f"scaled by {1 / (1 + point.mu):.3f} (WiSE-FT)"
+        return f"WiSE-FT, α {1 / (1 + point.mu):.3f}"
     ends = {"unedited": "adapter as it is", "backbone": "base model", "retention": f"retained, μ {point.mu:.3g}"}
     return ends.get(point.method, f"{point.method}, μ {point.mu:.3g}")
 
 
-def _cells(point: FrontPoint, sources: Sequence[str], with_metric: bool) -> Iterator[str]:
-    from grit_lightning.export.retention_card import shown  # with torch, which the help can do without
-
-    yield from (f"{point.task.value:.4f}", shown(point.task))
-    if with_metric:
-        assert point.metric is not None
-        yield from (f"{point.metric.value:.4f}", shown(point.metric))
-    for name in sources:
-        yield from (f"{point.beside[name].value:.4f}", shown(point.beside[name]))
-    if len(sources) > 1:
-        yield shown(point.general)
+def _cell(change: Change, joint: str) -> str:
+    """Write a loss or a metric and its change, and then the interval of that, if there is one to speak of."""
+    text = f"{change.value:.4f} {change.change:+.4f}"
+    if change.interval is None or not any(change.interval):
+        return text
+    low, high = change.interval
+    return f"{text}{joint}({low:+.4f} … {high:+.4f})"
 
 
 def verdict(result: RetentionResult) -> str:

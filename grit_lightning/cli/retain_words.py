@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 from grit_lightning.cli.plain_parser import FitWordsParser
-from grit_lightning.errors import InvalidValueError, MissingFileError
+from grit_lightning.errors import FileTakenError, InvalidValueError, MissingFileError
+from grit_lightning.runs.atomic import require_free_folder
 
 SELF = "self"
 """The general text that the base model writes."""
 TARGETS = ("task_tolerance", "forgetting", "mu")
+_WRITTEN = {"README.md", "adapter_config.json", "adapter_model.safetensors", "front.json", "front.png"}
 _COUNTS = ("block_size", "calibration_rows", "held_out_rows", "calibration_blocks", "held_out_blocks", "batch_size")
 
 
@@ -69,6 +71,7 @@ def retain_parser() -> FitWordsParser:
         "--task_metric", metavar="NAME", help="Measure this of the answers too: accuracy, exact_match, rougeL, …"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder to make; an existing one must be empty.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what `grit retain` has written there before.")
     parser.add_argument(
         "--compare",
         action="append",
@@ -105,6 +108,29 @@ def check_words(parser: FitWordsParser, own: argparse.Namespace) -> None:
         parser.error("--general self: expected it once, got it several times. Leave it out but once.")
     if own.task_metric is not None and own.task_tolerance is None:
         parser.error("--task_metric: expected --task_tolerance, which it is the measure of, got none. Add it.")
+
+
+def output_folder(own: argparse.Namespace) -> Path:
+    """Return the full path of the folder to make, which may be there if it is to be replaced.
+
+    Raises:
+        FileExistsError: It holds something else than what `grit retain` writes, or the adapter that is read.
+        NotADirectoryError: It is a file.
+    """
+    folder = Path(own.output).expanduser().resolve()
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not own.overwrite or not found:
+        return require_free_folder(folder)
+    if own.adapter is not None and folder == Path(own.adapter).expanduser().resolve():
+        raise FileTakenError(
+            f"--output: expected another folder than that of --adapter, got {own.output}. Choose another."
+        )
+    if "front.json" not in found or found - _WRITTEN:
+        raise FileTakenError(
+            f"--output: expected a folder that holds what `grit retain` has written and nothing else, got {folder}. Choose "
+            "another."
+        )
+    return folder
 
 
 def backbone_words(folder: str, given: str | None) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ TEXT_COLUMNS = ("text", "document", "content", "article", "passage", "body")
 """Names of a column of documents, the first that is there being taken."""
 BLOCK_SIZE, CALIBRATION_BLOCKS, HELD_OUT_BLOCKS = 256, 48, 24
 _READ_AT_ONCE = 16  # documents
+_TAKEN = ("task", "self")  # names of what stands beside general text in results
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ def read_general(
 def _named(sources: Sequence[GeneralText]) -> dict[str, GeneralText]:
     named: dict[str, GeneralText] = {}
     for source in sources:
-        alike = sum(other.label == source.label for other in named.values())
-        named[f"{source.label}{alike + 1}" if alike else source.label] = source
+        names = chain([source.label], (f"{source.label}{number}" for number in count(2)))
+        named[next(name for name in names if name not in (*named, *_TAKEN))] = source
     return named
 
 
@@ -174,7 +175,7 @@ class _Source:
     for_calibration: Rows
     for_measuring: Rows
 
-    def rows(self, documents: Rows, count: int, seed: int, used: set[str], *, keep: bool) -> list[Row]:
+    def rows(self, documents: Rows, wanted: int, seed: int, used: set[str], *, keep: bool) -> list[Row]:
         """Take rows; the documents are added to those that are used, or left out if they are among them."""
 
         def fresh() -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -187,7 +188,7 @@ class _Source:
                     yield row, documents.numbers[index]
 
         cut = self._blocks if isinstance(self.module, TextDataModule) else self._conversations
-        return list(islice(cut(fresh(), documents), count))
+        return list(islice(cut(fresh(), documents), wanted))
 
     def _blocks(self, documents: Iterator[tuple[Mapping[str, Any], int]], _: Rows) -> Iterator[Row]:
         tokens, eos = self.module.tokens, self.module.tokenizer.eos_token_id

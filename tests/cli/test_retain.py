@@ -16,7 +16,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.cli.program import main
+from grit_lightning.cli.retain import _write
 from grit_lightning.cli.retain_text import Doing, verdict
+from grit_lightning.cli.retain_words import backbone_words, output_folder
 from grit_lightning.editing import Change, FrontPoint
 
 Run = Callable[..., str]
@@ -125,7 +127,7 @@ def test_a_plain_adapter_becomes_one_that_forgets_less_and_that_plain_peft_loads
     for said in (
         "adapter as it is",
         "→ retained, μ",
-        "(WiSE-FT)",
+        "WiSE-FT, α",
         "base model",
         "undoes",
         "PeftModel.from_pretrained(",
@@ -174,12 +176,58 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
     shown = capsys.readouterr().out
     for said in (
         "metric",
-        "mean above base",
+        "mean, above base",
         "self: 48 rows that the base model has written (0 conversations), 4 held out",
     ):
         assert said in shown
     backbone = LlamaForCausalLM.from_pretrained(tiny_backbone_dir)
     assert PeftModel.from_pretrained(backbone, "out").peft_config["default"].r <= 5  # the run's
+
+
+def test_only_what_was_written_before_is_replaced_and_comes_back_if_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(output: str, adapter: str = "mine", overwrite: bool = True) -> Path:
+        return output_folder(SimpleNamespace(output=output, adapter=adapter, overwrite=overwrite))
+
+    for name in ("before", "more"):
+        Path(name).mkdir()
+        for file in ("front.json", "adapter_config.json"):
+            Path(name, file).write_text("old")
+    Path("more/notes.txt").touch()
+
+    assert asked("new") == tmp_path / "new"
+    assert asked("before") == tmp_path / "before"
+    with pytest.raises(FileExistsError, match="expected a new or an empty folder"):
+        asked("before", overwrite=False)
+    with pytest.raises(FileExistsError, match="expected another folder than that of --adapter, got before"):
+        asked("before", adapter="../" + tmp_path.name + "/before")
+    with pytest.raises(FileExistsError, match="what `grit retain` has written and nothing else"):
+        asked("more")
+
+    def save(folder: Path) -> None:
+        assert not folder.exists()
+        if full:
+            raise OSError("no space")
+        folder.mkdir()
+        (folder / "front.json").write_text("new")
+
+    full = True
+    with pytest.raises(OSError, match="no space"):
+        _write(SimpleNamespace(save=save), tmp_path / "before")
+    assert Path("before/front.json").read_text() == "old"
+    full = False
+    _write(SimpleNamespace(save=save), tmp_path / "before")
+    assert {file.read_text() for file in Path("before").iterdir()} == {"new"}
+    assert {path.name for path in Path().iterdir()} == {"before", "more"}
+
+
+def test_the_backbone_is_the_one_that_is_given_or_else_the_one_that_the_adapter_names(tmp_path: Path) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "owner/name", "revision": "v2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+
+    assert backbone_words(str(tmp_path), None) == ["--model.backbone=owner/name", "--model.revision=v2"]
+    assert backbone_words(str(tmp_path), "mine") == ["--model.backbone=mine"]
 
 
 def test_on_a_terminal_what_is_done_has_a_bar_and_then_a_line() -> None:

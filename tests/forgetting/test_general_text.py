@@ -131,7 +131,13 @@ def test_sources_of_the_same_name_are_told_apart(texts: str, tmp_path: Path, tin
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other" / "texts.jsonl", [{"text": f"{n:09}"} for n in range(40)])
 
-    assert list(read(tiny_tokenizer, texts, other)) == ["texts", "texts2"]
+    task = write(tmp_path / "task.jsonl", [{"text": f"{n:08}"} for n in range(40)])
+
+    assert list(read(tiny_tokenizer, texts, other, task)) == [
+        "texts",
+        "texts2",
+        "task2",
+    ]  # the task's rows have that name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from grit_lightning.datamodules.pipeline.chat_template import ChatTemplate
+from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
 from grit_lightning.errors import InvalidValueError
-from grit_lightning.forgetting.self_written import write_general
+from grit_lightning.forgetting.self_written import _Chat, write_general
+
+from ..datamodules.chat_families import CHAT_FAMILIES, chat_tokenizer
 
 TURNS = (
     "{% for m in messages %}<s>{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
@@ -66,17 +72,33 @@ def test_the_adapter_has_no_say(
     assert write_general(adapted, chatty, 4, block_size=24) == alone
 
 
-def test_blocks_begin_a_text_are_full_and_go_on_behind_its_end(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    with torch.no_grad():
-        tiny_llama.lm_head.weight[2] = tiny_llama.lm_head.weight.mean(0)
-        tiny_llama.lm_head.weight *= 0.01  # almost uniform over 320 tokens
+class Always(torch.nn.Module):
+    """A head that gives a token the same probability everywhere."""
+
+    def __init__(self, probabilities: dict[int, float]) -> None:
+        super().__init__()
+        self.logits = torch.full((320,), -1e9)
+        for token, probability in probabilities.items():
+            self.logits[token] = math.log(probability)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*hidden.shape[:-1], -1)
+
+
+def test_blocks_follow_the_model_s_own_distribution_and_go_on_behind_an_end(
+    tiny_llama: Any, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_llama.lm_head = Always({2: 0.5, 10: 0.375, 11: 0.125})  # 2 is the end of a text
+    tiny_llama.generation_config.update(repetition_penalty=5.0, top_k=1, eos_token_id=2)
+
     rows = write_general(tiny_llama, tiny_tokenizer, 40, block_size=32, batch_size=40)
 
     assert all(row["input_ids"][0] == 1 and len(row["input_ids"]) == 32 and row["learnt"] == [1, 32] for row in rows)
-    inside = [token for row in rows for token in row["input_ids"][1:-1]]
-    assert inside.count(2) > 0
-    frequency = torch.bincount(torch.tensor(inside), minlength=320)
-    assert int((frequency > 0).sum()) > 250  # temperature 1, and no cut to the likeliest tokens
+    drawn = torch.tensor([token for row in rows for token in row["input_ids"][1:]])
+    shares = torch.bincount(drawn, minlength=320) / len(drawn)
+    torch.testing.assert_close(
+        shares[[2, 10, 11]], torch.tensor([0.5, 0.375, 0.125]), atol=0.05, rtol=0
+    )  # of 1,240 draws
 
 
 def test_a_tokenizer_without_a_begin_of_sequence_begins_behind_an_end(tiny_llama: Any, tiny_tokenizer: Any) -> None:
@@ -127,6 +149,24 @@ def test_turns_end_where_the_model_ends_them(tiny_llama: Any, chatty: PreTrained
     )  # the answer's end is learnt, the message's is there
     assert row["learnt"] == [len(head) + 2 + len(behind), len(row["input_ids"])]
     assert row["input_ids"][-1] == 2
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_what_stands_around_a_message_is_what_the_chat_template_writes(name: str) -> None:
+    tokenizer = chat_tokenizer(name)
+    messages = [{"role": "user", "content": "2+2?"}]
+    written = ChatTemplate(TextTokens(tokenizer)).write(messages, answered=False)
+
+    chat = _Chat.of(tokenizer)
+
+    ends_turns_with_words = re.search(r"2\+2\?(.*)", written, flags=re.DOTALL)[1].startswith(" [/INST]")  # type: ignore[index]
+    if ends_turns_with_words and "[/INST]" not in tokenizer.all_special_tokens:
+        assert chat is None
+    else:
+        assert chat is not None
+        assert tokenizer.decode(chat.before) + "2+2?" + tokenizer.decode(chat.behind) == written
+        assert chat.behind[0] in chat.user_ends
+        assert tokenizer.convert_tokens_to_ids(CHAT_FAMILIES[name].turn_end) in chat.answer_ends
 
 
 def test_what_cannot_write_is_refused(tiny_llama: Any, chatty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
