@@ -74,7 +74,7 @@ demo: $(VENV)/.installed
 	$(BIN)/grit fit --config demo --output runs/demo --overwrite $(ARGS)
 	@echo
 	@echo "What did it forget of all else? News articles tell, and the adapter is edited so that it keeps what the backbone knew."
-	$(BIN)/grit retain --ckpt_path runs/demo/checkpoints/last.ckpt --output runs/demo/retained $(RETAIN)
+	$(BIN)/grit retain --ckpt_path runs/demo/checkpoints/last.ckpt --output runs/demo/retained --overwrite $(RETAIN)
 	@echo
 	@echo "Shown: 100 reviews teach the model to tell the sentiment of 100 others better than it did before, and better than one answer"
 	@echo "to all. Not shown: that the geometry beats plain LoRA. Compare: $(BIN)/grit fit --config demo --config ablations/plain_adapter"
