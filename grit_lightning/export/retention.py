@@ -184,6 +184,7 @@ def retain_adapter(
         general = AdapterStatistics.mixed(parts, [weights[name] for name in general_rows])
         measurer = Measurer(opened.model, held_out, 2 * batch_size, task_metric, confidence, progress)
         front = Front(editable, task, general, measurer, damping)
+        _require_work(front, target)
         chosen = front.search(method, target, evaluations)
         if chosen is None:
             raise _unmet(front, method, target)
@@ -246,6 +247,20 @@ def _edited(opened: OpenAdapter, maps: Mapping[str, Tensor]) -> EditedAdapter:
         name = f"{layer}.lora_B.weight"
         tensors[name] = edited_factor(tensors[name], x.cpu()).contiguous()
     return EditedAdapter(opened.config, tensors)
+
+
+def _require_work(front: Front, target: Target) -> None:
+    """Refuse a bound that the adapter keeps as it is.
+
+    Raises:
+        ValueError: If it does.
+    """
+    unedited = front.points[0]
+    if target.kind == "forgetting" and unedited.within(target):
+        raise InvalidValueError(
+            f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats per token, got "
+            f"{target.value:g}, which it keeps as it is. Lower it, or leave the adapter alone. Nothing was written."
+        )
 
 
 def _unmet(front: Front, method: str, target: Target) -> InvalidValueError:
