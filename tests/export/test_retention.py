@@ -145,6 +145,7 @@ def test_an_existing_folder_is_not_overwritten(retain: Retain, adapter_dir: Path
         ({"method": "magic"}, "method: expected one of retention"),
         ({"compare": ("magic",)}, "method: expected one of retention"),
         ({"mu": 0.1, "forgetting": 0.0}, "exactly one"),
+        ({"forgetting": 50.0}, r"forgetting: expected a bound below what the adapter has forgotten.*got 50.*as it is"),
         (
             {"forgetting": -50.0, "evaluations": 3},
             "forgetting: expected a bound that some strength keeps.*Nothing was written",
