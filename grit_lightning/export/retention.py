@@ -259,7 +259,8 @@ def _require_work(front: Front, target: Target) -> None:
     if target.kind == "forgetting" and unedited.within(target):
         raise InvalidValueError(
             f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats per token, "
-            f"got {target.value:g}, which it keeps as it is. Lower it, or leave the adapter alone. Nothing was written."
+            f"got {target.value:g}, which it keeps as it is. Lower it, or leave the adapter "
+            "alone. Nothing was written."
         )
 
 
