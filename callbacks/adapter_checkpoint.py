@@ -106,6 +106,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._saved_step != trainer.global_step and not is_dev_run(trainer):
             self._save(trainer)
 
+    def save_again(self, trainer: pl.Trainer) -> None:
+        """Save this step anew, after a change of the weights that belongs to it; call it on all processes."""
+        if not is_dev_run(trainer):
+            self._save(trainer)
+
     def _save(self, trainer: pl.Trainer) -> None:
         """Write, link, and only then remove old files. All processes take part."""
         folder = Path(str(self.dirpath))

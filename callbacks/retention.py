@@ -1,0 +1,382 @@
+"""Keeps what the backbone knew while an adapter is trained, by the curvature of a little general text beside the task's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from grit_lightning.backbones.inputs import require_context
+from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
+from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.callbacks.forgetting import ForgettingProbe
+from grit_lightning.callbacks.lookup import peft_model_of, tokenizer_for
+from grit_lightning.distributed.strategies import WholeAdapterStrategy
+from grit_lightning.errors import InvalidValueError, require
+from grit_lightning.forgetting.general_statistics import GeneralStatistics
+from grit_lightning.forgetting.general_text import GeneralText
+from grit_lightning.forgetting.text import TextData
+from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.rank_space import RankSpaceGeometry
+from grit_lightning.geometry.retention import RetentionEdit, retention_edit
+from grit_lightning.ignored_settings import warn_if_ignored
+from grit_lightning.runs.writing import is_dev_run
+
+OWNER = "Retention"  # of the settings, in messages
+MODES = ("at_end", "periodic")
+UNEDITED, RETAINED = "unedited.ckpt", "retained.ckpt"
+
+
+class Retention(GeometryCallback):
+    """Keeps what the backbone knew, by two Fishers in rank space: the task's, which the geometry has, and general text's.
+
+    General text goes through the model every `every_n_steps` optimizer steps and enters a second estimate of every layer; it
+    costs one forward and one backward pass of `batch_size` blocks of `block_size` tokens on every process each time,
+    without recomputed activations. Nothing of it enters the task's statistics, gradients or random numbers. Both estimates
+    follow what `Reprojection` and `RankAdaptation` do. What is done, per layer, with X of `functional.retention_map`:
+
+    - `at_end`: B ← B X once, when training ends, before `ForgettingProbe` measures and the last checkpoint is written. The
+      adapter as it was stays: in `unedited.ckpt` beside the checkpoints, and in `unedited`. Where no `AdapterCheckpoint`
+      writes, the edited one goes to `retained.ckpt` there.
+    - `periodic`: B ← B X every `edit_every_n_steps` steps, between two optimizer steps, whose moments are carried along. Each
+      edit pulls towards the backbone anew, like a decay: the more edits, the smaller μ.
+
+    Args:
+        texts: General text, of the kind that the backbone was pretrained on; other documents than a probe's.
+        mode: What is done, as above.
+        mu: μ ≥ 0, what a nat of general text is worth in nats of the task, per token of each.
+        weights: Share of each text among the blocks, by its name; 1 for those that are not named.
+        every_n_steps: Optimizer steps between two micro-batches of general text; None, for `at_end`, takes all blocks once, at
+            the end.
+        edit_every_n_steps: Optimizer steps between two edits of `periodic`.
+        start_step: First optimizer step at which general text is measured or the adapter edited.
+        stop_step: Last such step; None for no end.
+        block_size: Tokens of a block of text; at most the model's context.
+        max_blocks: Blocks of each text, from its start; None for all. They are dealt out in turn, again and again.
+        batch_size: Blocks in a micro-batch of a process.
+        ema_beta: Decay of the second estimate per micro-batch of general text.
+        damping: As in `functional.retention_map`.
+        tokenizer: Hub id or folder of the tokenizer; None for the data module's, or else the backbone's.
+
+    Attributes:
+        unedited: B of every layer by name, as it was before the edit of `at_end`, on the CPU.
+
+    Raises:
+        ValueError: If there is no text, a setting is out of range, or two texts have the same name.
+    """
+
+    def __init__(
+        self,
+        texts: list[TextData] | None = None,
+        mode: str = "at_end",
+        mu: float = 0.1,
+        weights: dict[str, float] | None = None,
+        every_n_steps: int | None = 4,
+        edit_every_n_steps: int = 50,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        block_size: int = 256,
+        max_blocks: int | None = 64,
+        batch_size: int = 4,
+        ema_beta: float = 0.95,
+        damping: float = 1e-4,
+        tokenizer: str | None = None,
+    ) -> None:
+        """Check and remember the settings; text is read in `setup`."""
+        super().__init__(every_n_steps, start_step, stop_step, EventLog("retention.jsonl"))
+        require(OWNER, "mode", mode in MODES, one_of(MODES), mode)
+        require(OWNER, "mu", 0.0 <= mu < float("inf"), "a number ≥ 0", mu)
+        require(OWNER, "damping", 0.0 <= damping < float("inf"), "a number ≥ 0", damping)
+        require(OWNER, "ema_beta", 0.0 <= ema_beta < 1.0, "a number in [0, 1)", ema_beta)
+        once = every_n_steps is not None or mode == "at_end"
+        require(OWNER, "every_n_steps", once, f"an integer ≥ 1 (optimizer steps) in mode {mode}", every_n_steps)
+        for name, value, least in (
+            ("edit_every_n_steps", edit_every_n_steps, 1),
+            ("block_size", block_size, 2),
+            ("max_blocks", max_blocks, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            require(OWNER, name, value is None or value >= least, f"an integer ≥ {least}", value)
+        self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
+        self.weights = dict(weights or {})
+        self._check_texts()
+        self.mode, self.mu, self.damping = mode, mu, damping
+        self.edit_every_n_steps = edit_every_n_steps
+        self.block_size, self.max_blocks, self.batch_size = block_size, max_blocks, batch_size
+        self.ema_beta, self.tokenizer = ema_beta, tokenizer
+        self.changes_coordinates = True
+        self.unedited: dict[str, Tensor] = {}
+        self._text: GeneralText | None = None
+        self._general: GeneralStatistics | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._edits = 0
+        self._edited_at_end = -1  # optimizer step
+        self._last_event: dict[str, Any] = {}
+        self._tries_everything = False
+
+    def _check_texts(self) -> None:
+        names = [text.label for text in self.texts]
+        if not names:
+            raise InvalidValueError(
+                "Retention.texts: expected general text, got none. Name at least one file or hub id."
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InvalidValueError(
+                f"Retention.texts: expected different names, got several called {', '.join(twice)}. Set `name`."
+            )
+        require(OWNER, "weights", self.weights.keys() <= set(names), f"names among {', '.join(names)}", self.weights)
+        finite = all(0.0 <= weight < float("inf") for weight in self.weights.values())
+        some = any(self.weights.get(name, 1.0) > 0 for name in names)
+        require(OWNER, "weights", finite and some, "numbers ≥ 0, one of them above 0", self.weights)
+
+    # When.
+
+    def should_act(self, step: int) -> bool:
+        """Say whether general text is due after a step, or an edit of `periodic`."""
+        return self.measures(step) or self.edits(step)
+
+    def measures(self, step: int) -> bool:
+        """Say whether general text is due after optimizer step `step`; `fast_dev_run` tries every one."""
+        return super().should_act(step) or (self._tries_everything and self.every_n_steps is not None)
+
+    def edits(self, step: int) -> bool:
+        """Say whether an edit is due after optimizer step `step`, if it is not the one at the end."""
+        within = self.start_step <= step <= (step if self.stop_step is None else self.stop_step)
+        due = within and step % self.edit_every_n_steps == 0
+        return self.mode == "periodic" and (due or self._tries_everything)
+
+    # Trainer hooks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the text, on every process, before anything is trained.
+
+        Raises:
+            FileNotFoundError: If a text is missing.
+            ValueError: If a text cannot be used as it is.
+            ConnectionError: If the hub cannot be reached.
+            MisconfigurationException: If no tokenizer can be found.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._tries_everything = is_dev_run(trainer)
+        tokenizer = tokenizer_for(OWNER, self.tokenizer, trainer, pl_module)
+        blocks = self.batch_size if self._tries_everything else self.max_blocks
+        self._text = GeneralText([text.read(tokenizer, self.block_size, blocks) for text in self.texts], self.weights)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the second estimate, or go on with the checkpoint's.
+
+        Raises:
+            MisconfigurationException: If there is no geometry or PEFT model, or weights are averaged while they are edited.
+            ValueError: If blocks are longer than the model's context, there are fewer tokens than the rank, the checkpoint's
+                estimate is of other text, or the optimizer's state cannot follow an edit.
+        """
+        super().on_fit_start(trainer, pl_module)
+        assert self._text is not None
+        geometry, model = self._geometry(pl_module), peft_model_of(OWNER, pl_module)
+        require_context(model, self.block_size, "a block of text", "Retention.block_size")
+        self._text.go_to(0)
+        self._text.require_tokens(max(group.r for group in geometry.groups), "Retention.texts")
+        estimate = geometry.beside(model, GeometryConfig(ema_beta=self.ema_beta))
+        self._general = GeneralStatistics(
+            self._text, estimate, self.batch_size, trainer.global_rank, trainer.world_size
+        )
+        if self._loaded is not None and not self._tries_everything:
+            self._restore(self._loaded)
+        self._loaded = None
+        if self.mode == "at_end":
+            _put_before_probes(trainer, self)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop listening."""
+        geometry = getattr(pl_module, "geometry", None)
+        if self._general is not None and isinstance(geometry, RankSpaceGeometry):
+            geometry.release(self._general.estimate)
+        self._general = None
+
+    def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
+        """Take general text, edit the adapter, or both."""
+        if self.measures(trainer.global_step):
+            self._measure(trainer)
+        if self.edits(trainer.global_step):
+            optimizer = trainer.optimizers[0] if trainer.optimizers else None
+            event = self._edit(trainer, geometry, self._planned(geometry), optimizer)
+            if not trainer.barebones:
+                costs = {f"retention/{name}": event[name] for name in event if "cost" in name}
+                trainer.lightning_module.log_dict(costs, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Edit once, in `at_end`, before the probe measures and the last checkpoint is written."""
+        if self.mode != "at_end" or self._edited_at_end == trainer.global_step:
+            return
+        assert self._general is not None
+        geometry = self._geometry(pl_module)
+        if self.every_n_steps is None:
+            self._measure(trainer, self._general.micro_batches)
+        planned = self._planned(geometry)
+        if self.mu > 0 and planned.layers > 0:
+            self._edit_at_end(trainer, geometry, planned)
+
+    # General text.
+
+    def _measure(self, trainer: pl.Trainer, micro_batches: int = 1) -> None:
+        """Take general text through the model as the strategy has wrapped it, except for DDP, whose reducer must not notice."""
+        assert self._general is not None
+        module = trainer.lightning_module
+        sharded: Any = trainer.strategy.model if isinstance(trainer.strategy, WholeAdapterStrategy) else None
+        model: Any = peft_model_of(OWNER, module)
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            output = model(**batch, use_cache=False) if sharded is None else sharded(batch)
+            loss: Tensor = output.loss
+            return loss
+
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._general.measure(
+            module if sharded is None else sharded,
+            loss_of,
+            module.device,
+            trainer.precision_plugin.forward_context,
+            micro_batches=micro_batches,
+            scale=1.0 if scaler is None else scaler.get_scale(),
+        )
+
+    # Edits.
+
+    def _planned(self, geometry: RankSpaceGeometry) -> RetentionEdit:
+        assert self._general is not None
+        planned = retention_edit(geometry, self._general.estimate, self.mu, self.damping)
+        if planned.layers == 0 and not self._tries_everything:
+            rank_zero_warn(
+                f"Retention: expected {geometry.config.kfac_min_samples} tokens of the task and as many of general text as the "
+                "adapter's rank before an edit, got fewer of every layer, so that nothing is edited. Lower "
+                "Retention.every_n_steps or GeometryConfig.kfac_min_samples, or train for more steps."
+            )
+        return planned
+
+    def _edit(
+        self,
+        trainer: pl.Trainer,
+        geometry: RankSpaceGeometry,
+        planned: RetentionEdit,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> dict[str, Any]:
+        """Change the adapter, and write down what that is predicted to cost."""
+        if self.mu > 0:
+            geometry.edit(planned.maps, optimizer=optimizer)
+        self._edits += 1
+        costs = {name: value for name, value in planned._asdict().items() if name != "maps"}
+        self._last_event = {"step": trainer.global_step, "mode": self.mode, "mu": self.mu, **costs}
+        self._log_events([self._last_event])
+        return self._last_event
+
+    def _edit_at_end(self, trainer: pl.Trainer, geometry: RankSpaceGeometry, planned: RetentionEdit) -> None:
+        sites = [site for group in geometry.groups for site in group.sites]
+        self.unedited = {site.name: site.up.weight.detach().cpu().clone() for site in sites}
+        folder = _checkpoint_folder(trainer)
+        if folder is not None:
+            trainer.save_checkpoint(folder / UNEDITED)
+        event = self._edit(trainer, geometry, planned, trainer.optimizers[0] if trainer.optimizers else None)
+        self._edited_at_end = trainer.global_step
+        savers = [c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)]  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+        for saver in savers:
+            saver.save_again(trainer)
+        if folder is not None:
+            self._last_event["unedited"] = str(folder / UNEDITED)
+            if not savers:
+                trainer.save_checkpoint(folder / RETAINED)
+        for logger in trainer.loggers:
+            costs = {f"retention/{name}": value for name, value in event.items() if "cost" in name}
+            logger.log_metrics(costs, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
+        if not trainer.barebones:
+            kept = "Retention.unedited" if folder is None else folder / UNEDITED
+            rank_zero_info(
+                f"Retention: edited {planned.layers} layers at μ {self.mu:g}. Predicted, in nats per token: the task loses "
+                f"{planned.task_cost:.4f}, general text pays {planned.general_cost_after:.4f} after "
+                f"{planned.general_cost_before:.4f}. The adapter before it: {kept}."
+            )
+
+    # Persistence and results.
+
+    @property
+    def state_key(self) -> str:
+        """A key without settings, so that a run may be resumed with another interval."""
+        return type(self).__qualname__
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the second estimate, the place in the text, and what has been edited; a collective."""
+        if self._general is None:
+            return {}
+        return {**self._general.state_dict(), "edits": self._edits, "edited_at_end": self._edited_at_end}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what `state_dict` returned until the second estimate is there."""
+        self._loaded = state_dict or None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self._general is not None
+        if state["fingerprint"] != self._general.text.fingerprint:
+            raise InvalidValueError(
+                "Retention.texts: expected the general text that the checkpoint has statistics of, got something else. Set "
+                "source, block_size, max_blocks, weights and the tokenizer as they were."
+            )
+        self._general.load_state_dict(state)
+        self._edits, self._edited_at_end = state["edits"], state["edited_at_end"]
+
+    def report(self) -> dict[str, Any]:
+        """Return what the last edit was predicted to cost, for summary.json."""
+        return {"retention": {"edits": self._edits, **self._last_event}} if self._last_event else {}
+
+    # Beside others.
+
+    def validate(self, geometry: RankSpaceGeometry) -> None:
+        """Say which settings nothing reads."""
+        readers = {} if self.mode == "periodic" else {"edit_every_n_steps": "mode: periodic"}
+        if self.every_n_steps is None:
+            readers["ema_beta"] = "every_n_steps as a number"
+        warn_if_ignored(Retention, {"edit_every_n_steps": self.edit_every_n_steps, "ema_beta": self.ema_beta}, readers)
+
+    def validate_beside(self, others: list[ScheduledCallback]) -> None:
+        """Refuse a second Retention, and say if a probe measures the text that is retained.
+
+        Raises:
+            ValueError: If there are two.
+        """
+        if any(isinstance(other, Retention) for other in others):
+            raise InvalidValueError(
+                "Retention: expected one at a time, got several, each of which would pull towards the backbone. Remove one."
+            )
+        assert self._text is not None
+        for probe in (other for other in others if isinstance(other, ForgettingProbe)):
+            for held_out in probe.text_blocks:
+                if shared := self._text.shared_with(held_out):
+                    rank_zero_warn(
+                        f"Retention.texts: expected other documents than those that ForgettingProbe measures, got {shared} of "
+                        f"the {len(held_out.sequences)} blocks of {held_out.name} in both: what it reports of them is too good. "
+                        "Set another split or source for one of the two."
+                    )
+
+
+def _put_before_probes(trainer: pl.Trainer, retention: Retention) -> None:
+    """Have the edit at the end come before every measurement of what has been forgotten."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
+    others = [callback for callback in callbacks if callback is not retention]
+    first = next((i for i, other in enumerate(others) if isinstance(other, ForgettingProbe | Checkpoint)), len(others))
+    place = min(callbacks.index(retention), first)
+    trainer.callbacks = [*others[:place], retention, *others[place:]]  # type: ignore[attr-defined]  # as above
+
+
+def _checkpoint_folder(trainer: pl.Trainer) -> Path | None:
+    """Return where this run's checkpoints go; None if it writes none. Every process must call it."""
+    if trainer.barebones or is_dev_run(trainer) or not trainer.checkpoint_callbacks:
+        return None
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    return Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
