@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from grit_lightning import functional as F
 from grit_lightning.backbones.inputs import require_context
 from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
@@ -30,7 +31,7 @@ from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.runs.writing import is_dev_run
 
 OWNER = "Retention"  # of the settings, in messages
-MODES = ("at_end", "periodic")
+MODES = ("at_end", "periodic", "penalty")
 UNEDITED, RETAINED = "unedited.ckpt", "retained.ckpt"
 
 
@@ -47,6 +48,9 @@ class Retention(GeometryCallback):
       writes, the edited one goes to `retained.ckpt` there.
     - `periodic`: B ← B X every `edit_every_n_steps` steps, between two optimizer steps, whose moments are carried along. Each
       edit pulls towards the backbone anew, like a decay: the more edits, the smaller μ.
+    - `penalty`: the gradient of μ · ½ Σ tr(Σ_g Σ_a) of general text, exact in A and B (`functional.exposure_gradients`), joins
+      the task's before it is preconditioned and clipped, in the steps in which general text is measured, and
+      `every_n_steps` times as strong, so that μ means the same at every interval. The weights are not edited.
 
     Args:
         texts: General text, of the kind that the backbone was pretrained on; other documents than a probe's.
@@ -111,7 +115,7 @@ class Retention(GeometryCallback):
         self.edit_every_n_steps = edit_every_n_steps
         self.block_size, self.max_blocks, self.batch_size = block_size, max_blocks, batch_size
         self.ema_beta, self.tokenizer = ema_beta, tokenizer
-        self.changes_coordinates = True
+        self.changes_coordinates = mode != "penalty"
         self.unedited: dict[str, Tensor] = {}
         self._text: GeneralText | None = None
         self._general: GeneralStatistics | None = None
@@ -119,6 +123,7 @@ class Retention(GeometryCallback):
         self._edits = 0
         self._edited_at_end = -1  # optimizer step
         self._last_event: dict[str, Any] = {}
+        self._penalty: Tensor | None = None
         self._tries_everything = False
 
     def _check_texts(self) -> None:
@@ -135,6 +140,23 @@ class Retention(GeometryCallback):
         finite = all(0.0 <= weight < float("inf") for weight in self.weights.values())
         some = any(self.weights.get(name, 1.0) > 0 for name in names)
         require(OWNER, "weights", finite and some, "numbers ≥ 0, one of them above 0", self.weights)
+
+    @property
+    def estimate(self) -> RankSpaceGeometry:
+        """The estimate of general text.
+
+        Raises:
+            RuntimeError: Before the fit has begun.
+        """
+        return self._measuring.estimate
+
+    @property
+    def _measuring(self) -> GeneralStatistics:
+        if self._general is None:
+            raise RuntimeError(
+                "Retention: expected a fit that has begun, got none. Hand the callback to a Trainer and fit."
+            )
+        return self._general
 
     # When.
 
@@ -183,11 +205,17 @@ class Retention(GeometryCallback):
         assert self._text is not None
         geometry, model = self._geometry(pl_module), peft_model_of(OWNER, pl_module)
         require_context(model, self.block_size, "a block of text", "Retention.block_size")
+        self._stop_listening(pl_module)  # to an earlier fit, if that has failed
         self._text.go_to(0)
         self._text.require_tokens(max(group.r for group in geometry.groups), "Retention.texts")
         estimate = geometry.beside(model, GeometryConfig(ema_beta=self.ema_beta))
         self._general = GeneralStatistics(
-            self._text, estimate, self.batch_size, trainer.global_rank, trainer.world_size
+            self._text,
+            estimate,
+            self.batch_size,
+            trainer.global_rank,
+            trainer.world_size,
+            with_cross_moments=self.mode == "penalty",
         )
         if self._loaded is not None and not self._tries_everything:
             self._restore(self._loaded)
@@ -196,14 +224,29 @@ class Retention(GeometryCallback):
             _put_before_probes(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop listening."""
-        geometry = getattr(pl_module, "geometry", None)
-        if self._general is not None and isinstance(geometry, RankSpaceGeometry):
-            geometry.release(self._general.estimate)
-        self._general = None
+        """Stop listening; a checkpoint that is saved after the fit still holds the estimate."""
+        self._stop_listening(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """In `penalty`, take general text at the weights of the step under way and add the gradient to the task's."""
+        if self.mode != "penalty" or self.every_n_steps is None or not self.measures(trainer.global_step + 1):
+            return
+        self._measure(trainer)
+        assert self._measuring.cross is not None
+        self.estimate.reduce()
+        self._measuring.cross.add_penalty(self.mu * self.every_n_steps)
+        groups = self.estimate.groups
+        values = torch.stack([F.quadratic_penalty(group.g_cov, group.a_cov).sum() for group in groups])
+        self._penalty = self.mu * values.sum()
+        if not trainer.barebones:
+            pl_module.log("retention/penalty", self._penalty, on_step=True, on_epoch=False, batch_size=1)
 
     def act(self, trainer: pl.Trainer, geometry: RankSpaceGeometry) -> None:
-        """Take general text, edit the adapter, or both."""
+        """Take general text, edit the adapter, or both; a penalty has done so before the step."""
+        if self.mode == "penalty":
+            return
         if self.measures(trainer.global_step):
             self._measure(trainer)
         if self.edits(trainer.global_step):
@@ -217,19 +260,23 @@ class Retention(GeometryCallback):
         """Edit once, in `at_end`, before the probe measures and the last checkpoint is written."""
         if self.mode != "at_end" or self._edited_at_end == trainer.global_step:
             return
-        assert self._general is not None
         geometry = self._geometry(pl_module)
         if self.every_n_steps is None:
-            self._measure(trainer, self._general.micro_batches)
+            self._measure(trainer, self._measuring.micro_batches)
         planned = self._planned(geometry)
         if self.mu > 0 and planned.layers > 0:
             self._edit_at_end(trainer, geometry, planned)
 
     # General text.
 
+    def _stop_listening(self, pl_module: pl.LightningModule) -> None:
+        geometry = getattr(pl_module, "geometry", None)
+        if self._general is not None and isinstance(geometry, RankSpaceGeometry):
+            geometry.release(self._general.estimate)
+            self._general.detach()
+
     def _measure(self, trainer: pl.Trainer, micro_batches: int = 1) -> None:
         """Take general text through the model as the strategy has wrapped it, except for DDP, whose reducer must not notice."""
-        assert self._general is not None
         module = trainer.lightning_module
         sharded: Any = trainer.strategy.model if isinstance(trainer.strategy, WholeAdapterStrategy) else None
         model: Any = peft_model_of(OWNER, module)
@@ -240,7 +287,7 @@ class Retention(GeometryCallback):
             return loss
 
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._general.measure(
+        self._measuring.measure(
             module if sharded is None else sharded,
             loss_of,
             module.device,
@@ -252,8 +299,7 @@ class Retention(GeometryCallback):
     # Edits.
 
     def _planned(self, geometry: RankSpaceGeometry) -> RetentionEdit:
-        assert self._general is not None
-        planned = retention_edit(geometry, self._general.estimate, self.mu, self.damping)
+        planned = retention_edit(geometry, self.estimate, self.mu, self.damping)
         if planned.layers == 0 and not self._tries_everything:
             rank_zero_warn(
                 f"Retention: expected {geometry.config.kfac_min_samples} tokens of the task and as many of general text as the "
@@ -308,8 +354,8 @@ class Retention(GeometryCallback):
 
     @property
     def state_key(self) -> str:
-        """A key without settings, so that a run may be resumed with another interval."""
-        return type(self).__qualname__
+        """A key without intervals, so that a run may be resumed with others."""
+        return self._generate_state_key(mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the second estimate, the place in the text, and what has been edited; a collective."""
@@ -322,17 +368,18 @@ class Retention(GeometryCallback):
         self._loaded = state_dict or None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        assert self._general is not None
-        if state["fingerprint"] != self._general.text.fingerprint:
+        if state["fingerprint"] != self._measuring.text.fingerprint:
             raise InvalidValueError(
                 "Retention.texts: expected the general text that the checkpoint has statistics of, got something else. Set "
                 "source, block_size, max_blocks, weights and the tokenizer as they were."
             )
-        self._general.load_state_dict(state)
+        self._measuring.load_state_dict(state)
         self._edits, self._edited_at_end = state["edits"], state["edited_at_end"]
 
     def report(self) -> dict[str, Any]:
-        """Return what the last edit was predicted to cost, for summary.json."""
+        """Return what the last edit was predicted to cost, or the last penalty, for summary.json."""
+        if self._penalty is not None:
+            return {"retention": {"mode": self.mode, "mu": self.mu, "penalty": float(self._penalty)}}
         return {"retention": {"edits": self._edits, **self._last_event}} if self._last_event else {}
 
     # Beside others.
@@ -360,8 +407,8 @@ class Retention(GeometryCallback):
                 if shared := self._text.shared_with(held_out):
                     rank_zero_warn(
                         f"Retention.texts: expected other documents than those that ForgettingProbe measures, got {shared} of "
-                        f"the {len(held_out.sequences)} blocks of {held_out.name} in both: what it reports of them is too good. "
-                        "Set another split or source for one of the two."
+                        f"the {len(held_out.sequences)} blocks of {held_out.name} in both, of which it will report too good a "
+                        "result. Set another split or source for one of the two."
                     )
 
 

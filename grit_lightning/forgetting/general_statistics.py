@@ -13,6 +13,7 @@ from grit_lightning.batches import label_token_count
 from grit_lightning.forgetting.general_text import GeneralText
 from grit_lightning.forgetting.likelihood import make_batch
 from grit_lightning.forgetting.without_trace import evaluating_without_trace
+from grit_lightning.geometry.cross_moments import CrossMoments
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 LossOf = Callable[[dict[str, Tensor]], Tensor]
@@ -31,13 +32,25 @@ class GeneralStatistics:
         batch_size: Blocks in a micro-batch of a process.
         rank: Rank of this process.
         world_size: Number of processes.
+        with_cross_moments: Measure what a penalty needs, too.
+
+    Attributes:
+        cross: Cross moments of the last micro-batch, if they are measured.
     """
 
     def __init__(
-        self, text: GeneralText, estimate: RankSpaceGeometry, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        text: GeneralText,
+        estimate: RankSpaceGeometry,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        with_cross_moments: bool = False,
     ) -> None:
         """Remember what goes together."""
         self.text, self.estimate, self.batch_size = text, estimate, batch_size
+        self.cross = CrossMoments(estimate) if with_cross_moments else None
         self._rank, self._world_size = rank, world_size
         sites = [site for group in estimate.groups for site in group.sites]
         factors = [factor for site in sites for factor in (site.down.weight, site.up.weight)]
@@ -72,12 +85,22 @@ class GeneralStatistics:
             for _ in range(micro_batches):
                 blocks = self.text.deal(self.batch_size * self._world_size)[self._rank :: self._world_size]
                 batch = make_batch(blocks, device)
-                self.estimate.start_micro_batch(batch["attention_mask"], label_token_count(batch["labels"]) / scale)
+                gradient_scale = label_token_count(batch["labels"]) / scale
+                self.estimate.start_micro_batch(batch["attention_mask"], gradient_scale)
+                if self.cross is not None:
+                    self.cross.start(batch["attention_mask"], gradient_scale)
                 with precision():
                     loss = loss_of(batch)
                 torch.autograd.grad(loss * scale, self._factors, allow_unused=True)
                 self.estimate.finish_micro_batch()
+                if self.cross is not None:
+                    self.cross.stop()
         self.estimate.finish_window()
+
+    def detach(self) -> None:
+        """Remove the hooks of the cross moments; those of the estimate belong to the geometry that it is beside."""
+        if self.cross is not None:
+            self.cross.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the estimate and the place in the text; a collective."""

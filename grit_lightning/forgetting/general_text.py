@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from grit_lightning.errors import InvalidValueError
@@ -27,6 +27,7 @@ class GeneralText:
     texts: Sequence[TextBlocks]
     weights: Mapping[str, float] = field(default_factory=dict)
     dealt: int = 0
+    _known: dict[int, set[tuple[int, ...]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Begin with the first block."""
@@ -89,13 +90,16 @@ class GeneralText:
 
     def _contains(self, ids: Sequence[int]) -> bool:
         size = min(WINDOW, len(ids))
-        starts = range(0, len(ids) - size + 1, size)
-        return any(tuple(ids[start : start + size]) in self._windows(size) for start in starts)
+        return not self._windows(size).isdisjoint(_runs(ids, size))
 
     def _windows(self, size: int) -> set[tuple[int, ...]]:
-        """All runs of `size` tokens."""
-        known: dict[int, set[tuple[int, ...]]] = self.__dict__.setdefault("_known", {})
+        """Return all runs of `size` tokens."""
+        known = self._known
         if size not in known:
             all_ids = (sequence.ids for text in self.texts for sequence in text.sequences)
-            known[size] = {tuple(ids[at : at + size]) for ids in all_ids for at in range(len(ids) - size + 1)}
+            known[size] = {run for ids in all_ids for run in _runs(ids, size)}
         return known[size]
+
+
+def _runs(ids: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    return (tuple(ids[start : start + size]) for start in range(len(ids) - size + 1))

@@ -150,8 +150,8 @@ class RankSpaceGeometry:
         return other
 
     def release(self, other: RankSpaceGeometry) -> None:
-        """Forget an estimate that `beside` returned, and remove its hooks."""
-        self._companions.remove(other)
+        """Forget an estimate that `beside` returned, if it is not forgotten yet, and remove its hooks."""
+        self._companions = [companion for companion in self._companions if companion is not other]
         other.detach()
 
     # Reading.
