@@ -346,8 +346,8 @@ class Retention(GeometryCallback):
             kept = "Retention.unedited" if folder is None else folder / UNEDITED
             rank_zero_info(
                 f"Retention: edited {planned.layers} layers at μ {self.mu:g}. Predicted, in nats per token: the task loses "
-                f"{planned.task_cost:.4f}, general text pays {planned.general_cost_after:.4f} after "
-                f"{planned.general_cost_before:.4f}. The adapter before it: {kept}."
+                f"{planned.task_cost:.2g}, general text pays {planned.general_cost_after:.2g} after "
+                f"{planned.general_cost_before:.2g}. The adapter before it: {kept}."
             )
 
     # Persistence and results.
