@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from grit_lightning import functional as F
 from grit_lightning.backbones.inputs import require_context
-from grit_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
 from grit_lightning.callbacks.forgetting import ForgettingProbe
+from grit_lightning.callbacks.last_edit import put_before_probes, save_around
 from grit_lightning.callbacks.lookup import peft_model_of, tokenizer_for
+from grit_lightning.callbacks.rank_adaptation import RankAdaptation
+from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.distributed.strategies import WholeAdapterStrategy
 from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.forgetting.general_statistics import GeneralStatistics
@@ -26,13 +26,12 @@ from grit_lightning.forgetting.general_text import GeneralText
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
-from grit_lightning.geometry.retention import RetentionEdit, retention_edit
+from grit_lightning.geometry.retention import RetentionEdit, judge_by_retention, judge_by_task, retention_edit
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.runs.writing import is_dev_run
 
 OWNER = "Retention"  # of the settings, in messages
-MODES = ("at_end", "periodic", "penalty")
-UNEDITED, RETAINED = "unedited.ckpt", "retained.ckpt"
+MODES, METRICS = ("at_end", "periodic", "penalty"), ("task", "retention")
 
 
 class Retention(GeometryCallback):
@@ -62,6 +61,9 @@ class Retention(GeometryCallback):
         edit_every_n_steps: Optimizer steps between two edits of `periodic`.
         start_step: First optimizer step at which general text is measured or the adapter edited.
         stop_step: Last such step; None for no end.
+        metric: What `Reprojection` (but for `one_sided`) and `RankAdaptation` (but for `energy`) put directions in order by:
+            `task`, what each is worth to the task; `retention`, what it would be worth after an edit at μ, so that those
+            that general text pays for go first.
         block_size: Tokens of a block of text; at most the model's context.
         max_blocks: Blocks of each text, from its start; None for all. They are dealt out in turn, again and again.
         batch_size: Blocks in a micro-batch of a process.
@@ -86,6 +88,7 @@ class Retention(GeometryCallback):
         edit_every_n_steps: int = 50,
         start_step: int = 0,
         stop_step: int | None = None,
+        metric: str = "task",
         block_size: int = 256,
         max_blocks: int | None = 64,
         batch_size: int = 4,
@@ -96,11 +99,18 @@ class Retention(GeometryCallback):
         """Check and remember the settings; text is read in `setup`."""
         super().__init__(every_n_steps, start_step, stop_step, EventLog("retention.jsonl"))
         require(OWNER, "mode", mode in MODES, one_of(MODES), mode)
+        require(OWNER, "metric", metric in METRICS, one_of(METRICS), metric)
         require(OWNER, "mu", 0.0 <= mu < float("inf"), "a number ≥ 0", mu)
         require(OWNER, "damping", 0.0 <= damping < float("inf"), "a number ≥ 0", damping)
         require(OWNER, "ema_beta", 0.0 <= ema_beta < 1.0, "a number in [0, 1)", ema_beta)
-        once = every_n_steps is not None or mode == "at_end"
-        require(OWNER, "every_n_steps", once, f"an integer ≥ 1 (optimizer steps) in mode {mode}", every_n_steps)
+        once = every_n_steps is not None or (mode == "at_end" and metric == "task")
+        require(
+            OWNER,
+            "every_n_steps",
+            once,
+            f"an integer ≥ 1 (optimizer steps) in mode {mode}, metric {metric}",
+            every_n_steps,
+        )
         for name, value, least in (
             ("edit_every_n_steps", edit_every_n_steps, 1),
             ("block_size", block_size, 2),
@@ -111,7 +121,7 @@ class Retention(GeometryCallback):
         self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
         self.weights = dict(weights or {})
         self._check_texts()
-        self.mode, self.mu, self.damping = mode, mu, damping
+        self.mode, self.mu, self.damping, self.metric = mode, mu, damping, metric
         self.edit_every_n_steps = edit_every_n_steps
         self.block_size, self.max_blocks, self.batch_size = block_size, max_blocks, batch_size
         self.ema_beta, self.tokenizer = ema_beta, tokenizer
@@ -220,8 +230,10 @@ class Retention(GeometryCallback):
         if self._loaded is not None and not self._tries_everything:
             self._restore(self._loaded)
         self._loaded = None
+        if self.metric == "retention":
+            judge_by_retention(geometry, estimate, self.mu, self.damping)
         if self.mode == "at_end":
-            _put_before_probes(trainer, self)
+            put_before_probes(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop listening; a checkpoint that is saved after the fit still holds the estimate."""
@@ -251,10 +263,9 @@ class Retention(GeometryCallback):
             self._measure(trainer)
         if self.edits(trainer.global_step):
             optimizer = trainer.optimizers[0] if trainer.optimizers else None
-            event = self._edit(trainer, geometry, self._planned(geometry), optimizer)
+            self._edit(trainer, geometry, self._planned(geometry), optimizer)
             if not trainer.barebones:
-                costs = {f"retention/{name}": event[name] for name in event if "cost" in name}
-                trainer.lightning_module.log_dict(costs, on_step=True, on_epoch=False, batch_size=1)
+                trainer.lightning_module.log_dict(self._predicted_costs(), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit once, in `at_end`, before the probe measures and the last checkpoint is written."""
@@ -273,6 +284,7 @@ class Retention(GeometryCallback):
         geometry = getattr(pl_module, "geometry", None)
         if self._general is not None and isinstance(geometry, RankSpaceGeometry):
             geometry.release(self._general.estimate)
+            judge_by_task(geometry)
             self._general.detach()
 
     def _measure(self, trainer: pl.Trainer, micro_batches: int = 1) -> None:
@@ -295,6 +307,8 @@ class Retention(GeometryCallback):
             micro_batches=micro_batches,
             scale=1.0 if scaler is None else scaler.get_scale(),
         )
+        if self.metric == "retention":
+            self.estimate.reduce()  # every process is here, and decisions need the sum over all
 
     # Edits.
 
@@ -314,7 +328,7 @@ class Retention(GeometryCallback):
         geometry: RankSpaceGeometry,
         planned: RetentionEdit,
         optimizer: torch.optim.Optimizer | None,
-    ) -> dict[str, Any]:
+    ) -> None:
         """Change the adapter, and write down what that is predicted to cost."""
         if self.mu > 0:
             geometry.edit(planned.maps, optimizer=optimizer)
@@ -322,33 +336,31 @@ class Retention(GeometryCallback):
         costs = {name: value for name, value in planned._asdict().items() if name != "maps"}
         self._last_event = {"step": trainer.global_step, "mode": self.mode, "mu": self.mu, **costs}
         self._log_events([self._last_event])
-        return self._last_event
 
     def _edit_at_end(self, trainer: pl.Trainer, geometry: RankSpaceGeometry, planned: RetentionEdit) -> None:
+        """Edit, with a checkpoint of the adapter before and one after, and say so."""
         sites = [site for group in geometry.groups for site in group.sites]
         self.unedited = {site.name: site.up.weight.detach().cpu().clone() for site in sites}
-        folder = _checkpoint_folder(trainer)
-        if folder is not None:
-            trainer.save_checkpoint(folder / UNEDITED)
-        event = self._edit(trainer, geometry, planned, trainer.optimizers[0] if trainer.optimizers else None)
-        self._edited_at_end = trainer.global_step
-        savers = [c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)]  # type: ignore[attr-defined]  # set outside the Trainer's __init__
-        for saver in savers:
-            saver.save_again(trainer)
-        if folder is not None:
-            self._last_event["unedited"] = str(folder / UNEDITED)
-            if not savers:
-                trainer.save_checkpoint(folder / RETAINED)
+
+        def edit() -> None:
+            self._edit(trainer, geometry, planned, trainer.optimizers[0] if trainer.optimizers else None)
+            self._edited_at_end = trainer.global_step
+
+        kept = save_around(trainer, edit)
         for logger in trainer.loggers:
-            costs = {f"retention/{name}": value for name, value in event.items() if "cost" in name}
-            logger.log_metrics(costs, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
+            # Lightning's loggers count from 0
+            logger.log_metrics(self._predicted_costs(), step=max(trainer.global_step - 1, 0))
+        if kept is not None:
+            self._last_event["unedited"] = str(kept)
         if not trainer.barebones:
-            kept = "Retention.unedited" if folder is None else folder / UNEDITED
             rank_zero_info(
                 f"Retention: edited {planned.layers} layers at μ {self.mu:g}. Predicted, in nats per token: the task loses "
                 f"{planned.task_cost:.2g}, general text pays {planned.general_cost_after:.2g} after "
-                f"{planned.general_cost_before:.2g}. The adapter before it: {kept}."
+                f"{planned.general_cost_before:.2g}. The adapter before it: {kept or 'Retention.unedited'}."
             )
+
+    def _predicted_costs(self) -> dict[str, float]:
+        return {f"retention/{name}": value for name, value in self._last_event.items() if "cost" in name}
 
     # Persistence and results.
 
@@ -392,7 +404,7 @@ class Retention(GeometryCallback):
         warn_if_ignored(Retention, {"edit_every_n_steps": self.edit_every_n_steps, "ema_beta": self.ema_beta}, readers)
 
     def validate_beside(self, others: list[ScheduledCallback]) -> None:
-        """Refuse a second Retention, and say if a probe measures the text that is retained.
+        """Refuse a second Retention; say if nothing asks for the metric, or a probe measures the text that is retained.
 
         Raises:
             ValueError: If there are two.
@@ -401,6 +413,14 @@ class Retention(GeometryCallback):
             raise InvalidValueError(
                 "Retention: expected one at a time, got several, each of which would pull towards the backbone. Remove one."
             )
+        orders = any(
+            (isinstance(other, Reprojection) and other.mode is not F.ReprojectionMode.ONE_SIDED)
+            or (isinstance(other, RankAdaptation) and other.rule != "energy")
+            for other in others
+        )
+        if not orders:
+            reader = "Reprojection, mode balanced, or RankAdaptation, rule balanced or kl_budget"
+            warn_if_ignored(Retention, {"metric": self.metric}, {"metric": reader})
         assert self._text is not None
         for probe in (other for other in others if isinstance(other, ForgettingProbe)):
             for held_out in probe.text_blocks:
@@ -410,20 +430,3 @@ class Retention(GeometryCallback):
                         f"the {len(held_out.sequences)} blocks of {held_out.name} in both, of which it will report too good a "
                         "result. Set another split or source for one of the two."
                     )
-
-
-def _put_before_probes(trainer: pl.Trainer, retention: Retention) -> None:
-    """Have the edit at the end come before every measurement of what has been forgotten."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the Trainer's __init__
-    others = [callback for callback in callbacks if callback is not retention]
-    first = next((i for i, other in enumerate(others) if isinstance(other, ForgettingProbe | Checkpoint)), len(others))
-    place = min(callbacks.index(retention), first)
-    trainer.callbacks = [*others[:place], retention, *others[place:]]  # type: ignore[attr-defined]  # as above
-
-
-def _checkpoint_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where this run's checkpoints go; None if it writes none. Every process must call it."""
-    if trainer.barebones or is_dev_run(trainer) or not trainer.checkpoint_callbacks:
-        return None
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    return Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

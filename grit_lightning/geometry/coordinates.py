@@ -74,7 +74,7 @@ class CoordinateChange:
         group, enough = self._group, self._enough
         seen_g = group.statistics.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         moving = enough & self._falling.to(group.device) if self._only_where_needed else enough
-        maps = _where(moving, rule(group.a_cov, group.g_cov, self._kept.to(group.device), enough & seen_g))
+        maps = _where(moving, rule(group.a_cov, group.judged_g_cov, self._kept.to(group.device), enough & seen_g))
         if self._only_where_needed and bool(self._rising.any()):
             regrowth = F.regrowth(group.a_cov, group.statistics.gradient_gram, group.ranks.to(group.device))
             maps = _where(enough & self._rising.to(group.device), regrowth.maps, maps)

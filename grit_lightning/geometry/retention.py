@@ -1,13 +1,15 @@
-"""The map that keeps what the backbone knew, for all layers of a model, from a task's and a general estimate of them."""
+"""The map that keeps what the backbone knew, for all layers of a model: as an edit, and as an order of directions."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grit_lightning import functional as F
+from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
 
@@ -43,20 +45,63 @@ def retention_edit(task: RankSpaceGeometry, general: RankSpaceGeometry, mu: floa
     general.reduce()
     maps, layers, costs = [], 0, torch.zeros(3, dtype=torch.float64)
     for mine, other in zip(task.groups, general.groups, strict=True):
-        enough = task.has_enough_samples(mine) & (other.counts.tokens >= mine.r)
-        basis = F.retention_basis(
-            _inside(mine.a_cov, mine.kept, fill=True),
-            _inside(mine.g_cov, mine.kept, fill=True),
-            _inside(other.a_cov, mine.kept),
-            _inside(other.g_cov, mine.kept),
-            damping,
-        )
-        identity = torch.eye(mine.r, dtype=torch.float64, device=mine.device)
-        maps.append(torch.where(enough.view(-1, 1, 1), basis.map(mu), identity).float())
+        enough, basis = task.has_enough_samples(mine) & _heard(other), _basis(mine, other, damping)
+        maps.append(_map(basis, enough, mu))
         predicted = torch.stack([basis.task_cost(mu), basis.general_cost(0.0), basis.general_cost(mu)])
         costs += (predicted * enough).sum(-1).cpu()
         layers += int(enough.sum())
     return RetentionEdit(maps, layers, *costs.tolist())
+
+
+def judge_by_retention(task: RankSpaceGeometry, general: RankSpaceGeometry, mu: float, damping: float) -> None:
+    """Have reprojection and ranks put directions in order by what the edit at μ would leave of them, from now on.
+
+    Instead of Σ_g they see XᵀΣ_gX, the task's curvature behind B ← B X, so that σ are the singular values of Σ_g^½ X Σ_a^½: a
+    direction counts as much as an edit would leave of it. Where general text pays d times what the task does for a direction of
+    both, that is σ / (1 + μ d). ΔW itself is cut, not edited.
+
+    Args:
+        task: The geometry of the training.
+        general: The estimate `beside` it; it has to be reduced before every decision.
+        mu: As in `retention_edit`.
+        damping: As in `retention_edit`.
+    """
+
+    def judged(mine: RankGroup, other: RankGroup) -> Tensor:
+        x = _map(_basis(mine, other, damping), task.has_enough_samples(mine) & _heard(other), mu)
+        return F.symmetrize(x.mT @ mine.g_cov @ x)
+
+    for mine, other in zip(task.groups, general.groups, strict=True):
+        mine.judged_by = partial(judged, mine, other)
+
+
+def judge_by_task(task: RankSpaceGeometry) -> None:
+    """Have reprojection and ranks put directions in order by the task's curvature alone, from now on."""
+    for group in task.groups:
+        group.judged_by = None
+
+
+def _heard(general: RankGroup) -> Tensor:
+    """Layers `[L]` bool of which general text has given as many tokens as it takes for full rank."""
+    return general.counts.tokens >= general.r
+
+
+def _basis(task: RankGroup, general: RankGroup, damping: float) -> F.RetentionBasis:
+    kept = task.kept
+    return F.retention_basis(
+        _inside(task.a_cov, kept, fill=True),
+        _inside(task.g_cov, kept, fill=True),
+        _inside(general.a_cov, kept),
+        _inside(general.g_cov, kept),
+        damping,
+    )
+
+
+def _map(basis: F.RetentionBasis, enough: Tensor, mu: float) -> Tensor:
+    """Return X `[L, r, r]`, the identity for layers without enough samples."""
+    x = basis.map(mu)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.where(enough.view(-1, 1, 1), x, identity).float()
 
 
 def _inside(cov: Tensor, kept: Tensor, *, fill: bool = False) -> Tensor:

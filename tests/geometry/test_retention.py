@@ -13,7 +13,8 @@ from torch import Tensor
 from grit_lightning import GeometryConfig, RankSpaceGeometry
 from grit_lightning import functional as F
 from grit_lightning.geometry.cross_moments import CrossMoments
-from grit_lightning.geometry.retention import retention_edit
+from grit_lightning.geometry.rank_rules import RANK_RULES
+from grit_lightning.geometry.retention import judge_by_retention, judge_by_task, retention_edit
 
 Factory = Callable[..., Any]
 MEAN = {"cov_averaging": "mean", "kfac_min_samples": 1}
@@ -166,3 +167,28 @@ def test_the_penalty_is_that_of_an_independent_measurement(make_geometry: Factor
             assert factor.weight.grad is not None
             error = (factor.weight.grad.double() - expected).abs().max() / expected.abs().max()
             assert error < 1e-4  # float32 sums over tokens
+
+
+def test_directions_that_general_text_pays_for_go_first_by_the_retention_metric(
+    pair: tuple[PeftModel, RankSpaceGeometry, RankSpaceGeometry],
+) -> None:
+    """The task needs the first direction most, and general text hears nothing but it."""
+    _, task, general = pair
+    (mine,), (other,) = task.groups, general.groups
+    for group, values in ((mine, [4.0, 2.0, 1.0, 0.5]), (other, [100.0, 0.0, 0.0, 0.0])):
+        group.statistics.total.weight.fill_(1.0)
+        group.statistics.total.a = torch.eye(4).repeat(4, 1, 1)
+        group.statistics.total.g = torch.diag(torch.tensor(values)).repeat(4, 1, 1)
+    before = [site.down.weight.detach().clone() for site in mine.sites]
+    judge_by_retention(
+        task, general, mu=0.2, damping=0.0
+    )  # leaves 1 / (1 + 0.2 · 100 / 4) = 1/6 of the first: σ² is 4 / 36
+    spectrum = RANK_RULES["balanced"](0.9).spectrum(mine.a_cov, mine.judged_g_cov)
+    torch.testing.assert_close(spectrum[0], torch.tensor([2.0, 1.0, 0.5, 4.0 / 36]), rtol=1e-4, atol=1e-5)
+    task.reproject(F.maps_rule("balanced"), dict.fromkeys(task.layers, 3))
+    for a, site in zip(before, mine.sites, strict=True):
+        directions = torch.nn.functional.normalize(site.down.weight.detach(), dim=1)
+        expected = torch.nn.functional.normalize(a, dim=1)[[1, 2, 3, 0]]
+        torch.testing.assert_close((directions * expected).sum(1).abs(), torch.ones(4), rtol=1e-4, atol=1e-4)
+    judge_by_task(task)
+    torch.testing.assert_close(mine.judged_g_cov, mine.g_cov)

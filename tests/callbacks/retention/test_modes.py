@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from grit_lightning.callbacks import AdapterCheckpoint, Reprojection, Retention
+from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, Retention
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
@@ -147,3 +147,21 @@ def test_too_few_tokens_of_the_task_edit_nothing_and_say_so(
     with pytest.warns(UserWarning, match=r"Retention: expected 100000 tokens of the task .* so that nothing is edited"):
         make_trainer(callbacks=[found], max_steps=2, max_epochs=-1).fit(module, loader(8))
     assert found.unedited == found.report() == {}
+
+
+def test_ranks_follow_the_metric(
+    quick_module: Factory, loader: Factory, make_trainer: Factory, retention: Factory
+) -> None:
+    """With a μ so large that little would be left of what general text hears, other spectra decide."""
+
+    def chosen(metric: str) -> list[tuple[str, int, str]]:
+        module, ranks = quick_module(), RankAdaptation("balanced", threshold=0.9, min_rank=1, every_n_steps=2)
+        callbacks = [retention(mu=1e3, metric=metric), ranks]
+        make_trainer(callbacks=callbacks, max_steps=2, max_epochs=-1).fit(module, loader(8))
+        assert [group.judged_by for group in module.geometry.groups] == [None]  # undone
+        return [(decision.layer, decision.new, decision.reason) for decision in ranks.decisions]
+
+    by_task, by_both = chosen("task"), chosen("retention")
+    assert by_task
+    assert by_both
+    assert by_task != by_both

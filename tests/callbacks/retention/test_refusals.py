@@ -25,7 +25,7 @@ ONE: list[Any] = [{"source": "a.txt"}]
         ({}, r"Retention\.texts: expected general text, got none"),
         ({"texts": []}, r"Retention\.texts: expected general text, got none"),
         ({"texts": ONE * 2}, r"Retention\.texts: expected different names, got several called a"),
-        ({"texts": ONE, "mode": "always"}, r"Retention\.mode: expected one of|at_end, periodic or penalty"),
+        ({"texts": ONE, "mode": "always"}, r"Retention\.mode: expected at_end, periodic or penalty"),
         ({"texts": ONE, "mu": -0.1}, r"Retention\.mu: expected a number ≥ 0"),
         ({"texts": ONE, "mu": float("nan")}, r"Retention\.mu: expected a number ≥ 0"),
         ({"texts": ONE, "damping": -1.0}, r"Retention\.damping: expected a number ≥ 0"),
@@ -36,6 +36,11 @@ ONE: list[Any] = [{"source": "a.txt"}]
         ({"texts": ONE, "every_n_steps": 0}, r"Retention\.every_n_steps: expected an integer ≥ 1"),
         ({"texts": ONE, "every_n_steps": None, "mode": "periodic"}, r"Retention\.every_n_steps: .* in mode periodic"),
         ({"texts": ONE, "every_n_steps": None, "mode": "penalty"}, r"Retention\.every_n_steps: .* in mode penalty"),
+        (
+            {"texts": ONE, "every_n_steps": None, "metric": "retention"},
+            r"Retention\.every_n_steps: .* metric retention",
+        ),
+        ({"texts": ONE, "metric": "both"}, r"Retention\.metric: expected task or retention"),
         ({"texts": ONE, "edit_every_n_steps": 0}, r"Retention\.edit_every_n_steps: expected an integer ≥ 1"),
         ({"texts": ONE, "block_size": 1}, r"Retention\.block_size: expected an integer ≥ 2"),
         ({"texts": ONE, "max_blocks": 0}, r"Retention\.max_blocks: expected an integer ≥ 1"),
@@ -126,9 +131,10 @@ def test_a_probe_of_the_same_documents_is_named(
     ("settings", "message"),
     [
         ({"edit_every_n_steps": 7}, r"Retention\.edit_every_n_steps: expected 50, .* It acts with mode: periodic"),
+        ({"metric": "retention"}, r"Retention\.metric: .* It acts with Reprojection, mode balanced, or RankAdaptation"),
         ({"every_n_steps": None, "ema_beta": 0.5}, r"Retention\.ema_beta: .* It acts with every_n_steps as a number"),
     ],
-    ids=["interval", "decay"],
+    ids=["interval", "metric", "decay"],
 )
 def test_settings_that_nothing_reads_are_named(
     quick_module: Factory,
