@@ -41,19 +41,22 @@ def save_around(trainer: pl.Trainer, edit: Callable[[], None]) -> Path | None:
     if folder is None:
         edit()
         return None
-    trainer.save_checkpoint(folder / UNEDITED)
-    edit()
-    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, AdapterCheckpoint)]
-    for saver in savers:
-        saver.save_again(trainer)
-    if not savers:
+    saver = next((saver for saver in trainer.checkpoint_callbacks if isinstance(saver, AdapterCheckpoint)), None)
+    if saver is None:
+        trainer.save_checkpoint(folder / UNEDITED)
+        edit()
         trainer.save_checkpoint(folder / RETAINED)
+    else:
+        saver.keep_copy(trainer, UNEDITED)  # of the end of the step, from which a run goes on as if it had not ended
+        edit()
+        saver.save_again(trainer)
     return folder / UNEDITED
 
 
 def _checkpoint_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where this run's checkpoints go; None if it writes none."""
+    """Return where this run's checkpoints go, an `AdapterCheckpoint`'s first; None if it writes none."""
     if trainer.barebones or is_dev_run(trainer) or not trainer.checkpoint_callbacks:
         return None
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    savers = sorted(trainer.checkpoint_callbacks, key=lambda saver: not isinstance(saver, AdapterCheckpoint))
+    folders = [saver.dirpath for saver in savers if isinstance(saver, ModelCheckpoint) and saver.dirpath]
     return Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

@@ -227,6 +227,7 @@ class Retention(GeometryCallback):
             trainer.world_size,
             with_cross_moments=self.mode == "penalty",
         )
+        self._edits, self._edited_at_end, self._last_event, self._penalty, self.unedited = 0, -1, {}, None, {}
         if self._loaded is not None and not self._tries_everything:
             self._restore(self._loaded)
         self._loaded = None
@@ -247,7 +248,6 @@ class Retention(GeometryCallback):
             return
         self._measure(trainer)
         assert self._measuring.cross is not None
-        self.estimate.reduce()
         self._measuring.cross.add_penalty(self.mu * self.every_n_steps)
         groups = self.estimate.groups
         values = torch.stack([F.quadratic_penalty(group.g_cov, group.a_cov).sum() for group in groups])
@@ -263,7 +263,10 @@ class Retention(GeometryCallback):
             self._measure(trainer)
         if self.edits(trainer.global_step):
             optimizer = trainer.optimizers[0] if trainer.optimizers else None
-            self._edit(trainer, geometry, self._planned(geometry), optimizer)
+            planned = self._planned(geometry)
+            if self.mu == 0 or planned.layers == 0:
+                return
+            self._edit(trainer, geometry, planned, optimizer)
             if not trainer.barebones:
                 trainer.lightning_module.log_dict(self._predicted_costs(), on_step=True, on_epoch=False, batch_size=1)
 
@@ -307,8 +310,6 @@ class Retention(GeometryCallback):
             micro_batches=micro_batches,
             scale=1.0 if scaler is None else scaler.get_scale(),
         )
-        if self.metric == "retention":
-            self.estimate.reduce()  # every process is here, and decisions need the sum over all
 
     # Edits.
 
@@ -330,8 +331,7 @@ class Retention(GeometryCallback):
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         """Change the adapter, and write down what that is predicted to cost."""
-        if self.mu > 0:
-            geometry.edit(planned.maps, optimizer=optimizer)
+        geometry.edit(planned.maps, optimizer=optimizer)
         self._edits += 1
         costs = {name: value for name, value in planned._asdict().items() if name != "maps"}
         self._last_event = {"step": trainer.global_step, "mode": self.mode, "mu": self.mu, **costs}

@@ -71,7 +71,7 @@ class GeneralStatistics:
         micro_batches: int = 1,
         scale: float = 1.0,
     ) -> None:
-        """Take the next blocks into the estimate, as one window; every process must call it.
+        """Take the next blocks of all processes into the estimate, as one window; a collective.
 
         Args:
             module: Whose parts are put into evaluation mode.
@@ -96,6 +96,7 @@ class GeneralStatistics:
                 if self.cross is not None:
                     self.cross.stop()
         self.estimate.finish_window()
+        self.estimate.reduce()  # at once: the bits of a running sum depend on when it is taken, and a checkpoint takes it too
 
     def detach(self) -> None:
         """Remove the hooks of the cross moments; those of the estimate belong to the geometry that it is beside."""

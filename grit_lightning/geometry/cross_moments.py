@@ -64,7 +64,7 @@ class CrossMoments:
     def add_penalty(self, mu: float) -> None:
         """Add the gradient of μ · ½ Σ tr(Σ_g Σ_a) to `.grad` of all trained factors, the same on all processes; a collective.
 
-        Layers whose sums are not finite are left out.
+        Layers whose sums are not finite are left out. The sums are used up.
 
         Args:
             mu: μ ≥ 0.
@@ -85,6 +85,7 @@ class CrossMoments:
             for factor, gradient in zip((site.down.weight, site.up.weight), gradients, strict=True):
                 if factor.grad is not None:
                     factor.grad += torch.where(finite, gradient[0], 0.0).to(factor.grad.dtype)
+        self._sums = []
 
     @torch.no_grad()
     def _on_down(self, place: int, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from grit_lightning.callbacks import AdapterCheckpoint, ForgettingProbe, Retention, RunRecord
 from grit_lightning.runs.metrics_log import JSONLinesLogger
+
+from .test_without_trace import different
 
 Factory = Callable[..., Any]
 
@@ -24,13 +27,6 @@ def probe(tmp_path: Path, tiny_backbone_dir: Path) -> ForgettingProbe:
     (tmp_path / "other.txt").write_text("The cat sat on the mat, and the dog ran after the cat. " * 6)
     text = {"source": str(tmp_path / "other.txt")}
     return ForgettingProbe([text], block_size=32, max_blocks=4, tokenizer=str(tiny_backbone_dir))  # type: ignore[list-item]
-
-
-class Weights(Callback):
-    """Keeps B of the first layer whenever something is measured at the end."""
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.seen = pl_module.geometry.groups[0].sites[0].up.weight.detach().clone()
 
 
 def columns(path: Path) -> dict[str, Any]:
@@ -89,6 +85,23 @@ def test_probe_and_last_checkpoint_see_the_edited_adapter_wherever_it_stands(
     later.fit(module, loader(1))
     before = again.report()["forgetting"]["other"]["loss"]["before"]
     assert before == pytest.approx(summary["forgetting"]["other"]["loss"]["after"], rel=1e-6)
+
+
+def test_a_run_goes_on_from_the_unedited_adapter_as_if_it_had_not_ended(
+    quick_module: Factory, loader: Factory, make_trainer: Factory, retention: Factory, tmp_path: Path
+) -> None:
+    def run(name: str, steps: int, resume: bool = False) -> dict[str, Any]:
+        pl.seed_everything(5, verbose=False)
+        callbacks = [retention(mu=5.0), AdapterCheckpoint(tmp_path / name, every_n_steps=4)]
+        trainer = make_trainer(callbacks=callbacks, enable_checkpointing=True, max_steps=steps, max_epochs=-1)
+        same = DataLoader([next(iter(loader(1)))] * 8, batch_size=None)  # Lightning does not know where it was in these
+        trainer.fit(quick_module(), same, ckpt_path=tmp_path / name / "unedited.ckpt" if resume else None)
+        saved: dict[str, Any] = torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+        return {part: saved[part] for part in ("state_dict", "optimizer_states")}
+
+    whole = run("whole", 4)
+    run("ended", 2)
+    assert different(whole, run("ended", 4, resume=True)) == []
 
 
 def test_a_finished_run_is_not_edited_again_and_one_that_goes_on_is(

@@ -17,6 +17,7 @@ from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojec
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
+from ...test_averaged_weights import ScheduleFree
 from .test_without_trace import different
 
 Factory = Callable[..., Any]
@@ -25,6 +26,7 @@ RULES = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "EigenbasisAdam": lambda p: EigenbasisAdam(p, lr=1e-2),
     "NaturalAdam": lambda p: NaturalAdam(p, lr=1e-2),
+    "schedule-free": lambda p: ScheduleFree(p, lr=0.5),
 }
 MODES: dict[str, dict[str, Any]] = {
     "at_end": {"mode": "at_end"},
@@ -48,6 +50,8 @@ def size(module: Any) -> float:
         ("EigenbasisAdam", "periodic"),
         ("EigenbasisAdam", "penalty"),
         ("NaturalAdam", "periodic"),
+        ("schedule-free", "periodic"),
+        ("schedule-free", "at_end"),
     ],
 )
 def test_every_mode_pulls_towards_the_backbone_under_every_rule(
