@@ -28,6 +28,7 @@ FLOORS = (
     ("datamodules",),
     ("planning",),
     ("forgetting",),
+    ("editing",),
     ("telemetry",),
     ("callbacks",),
     ("export",),

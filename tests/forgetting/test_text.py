@@ -214,3 +214,18 @@ def test_a_tokenizer_without_an_end_token_needs_another_separator(documents: Pat
 def test_options_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="documents"):
         TextData("text.txt", **settings)
+
+
+def test_a_file_that_an_installed_package_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "carrying" / "data"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("")
+    (folder / "news.jsonl").write_text('{"document": "first"}\n{"document": "second"}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    text = TextData("pypi:carrying/data/news.jsonl", column="document")
+    assert list(text.texts()) == ["first", "second"]
+    assert text.label == "news"
+    with pytest.raises(FileNotFoundError, match="'data/old.jsonl', which it does not have"):
+        list(TextData("pypi:carrying/data/old.jsonl").texts())
+    with pytest.raises(ModuleNotFoundError, match="no 'missing'"):
+        list(TextData("pypi:missing/data/news.jsonl").texts())

@@ -1,0 +1,202 @@
+"""`retain_adapter`: a plain PEFT adapter in, a plain PEFT adapter out, that forgets less at a price that is measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from grit_lightning.export import RetentionResult, retain_adapter
+
+Rows = Callable[[int, int], Any]
+Retain = Callable[..., RetentionResult]
+
+
+@pytest.fixture
+def retain(task_rows: Rows, general_rows: Rows) -> Retain:
+    """`retain_adapter` with rows; keywords override."""
+
+    def run(adapter: Any, **overrides: Any) -> RetentionResult:
+        rows: dict[str, Any] = {
+            "task_rows": task_rows(24, 2),
+            "general_rows": {"general": general_rows(24, 1)},
+            "held_out_task": task_rows(12, 7),
+            "held_out_general": {"general": general_rows(12, 8)},
+        }
+        target = {} if overrides.keys() & {"mu", "forgetting", "task_tolerance"} else {"mu": 0.1}
+        return retain_adapter(adapter, **(rows | target | overrides))
+
+    return run
+
+
+def logits(folder: Path, backbone: Path) -> torch.Tensor:
+    """What plain PEFT computes."""
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(backbone), str(folder)).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(10, 40)[None]).logits
+
+
+def test_the_written_folder_is_the_edited_model_in_plain_peft(
+    retain: Retain, adapter_dir: Path, knowing_backbone: Path, tmp_path: Path
+) -> None:
+    before = {file.name: file.read_bytes() for file in adapter_dir.iterdir()}
+    result = retain(adapter_dir)
+    out = result.save(tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in adapter_dir.iterdir()} == before, "the source is never changed"
+    tensors, original = (
+        load_file(out / "adapter_model.safetensors"),
+        load_file(adapter_dir / "adapter_model.safetensors"),
+    )
+    assert tensors.keys() == original.keys()
+    for layer, x in result.maps.items():
+        torch.testing.assert_close(tensors[f"{layer}.lora_B.weight"], original[f"{layer}.lora_B.weight"] @ x)
+    assert all(torch.equal(tensors[name], original[name]) for name in tensors if "lora_A" in name)
+    changed = logits(out, knowing_backbone)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(knowing_backbone), str(adapter_dir)).eval()
+    with torch.no_grad():
+        for layer, x in result.maps.items():
+            weight = model.get_submodule(layer).lora_B["default"].weight
+            weight.copy_(weight @ x)
+        torch.testing.assert_close(model(input_ids=torch.arange(10, 40)[None]).logits, changed, atol=1e-5, rtol=1e-5)
+
+
+def test_the_folder_says_what_was_done(retain: Retain, adapter_dir: Path, tmp_path: Path) -> None:
+    result = retain(adapter_dir, task_tolerance=0.05, compare=("scaling", "diagonal"), evaluations=4)
+    out = result.save(tmp_path / "deep" / "out")
+    front = json.loads((out / "front.json").read_text())
+    assert front["target"] == {"kind": "task_tolerance", "value": 0.05}
+    assert front["mu"] == result.mu == front["chosen"]["mu"]
+    assert front["peers"].keys() == {"scaling", "diagonal"}
+    assert [point["method"] for point in front["front"][:2]] == ["unedited", "backbone"]
+    assert front["calibration"]["general"]["rows"] == 24
+    assert front["held_out"]["task"]["rows"] == 12
+    card = (out / "README.md").read_text()
+    assert str(adapter_dir) in card
+    assert f"μ = {result.mu:.3g}" in card
+    assert f"{result.chosen.general.change:+.4f}" in card
+    assert "PeftModel.from_pretrained" in card
+    assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_less_is_forgotten_and_the_task_keeps_its_bound(retain: Retain, adapter_dir: Path) -> None:
+    result = retain(adapter_dir, task_tolerance=0.05)
+    unedited, scaled = result.front[0], result.peers["scaling"]
+    assert result.chosen.task.change <= 0.05
+    assert result.chosen.general.change < unedited.general.change
+    assert scaled is not None
+    assert result.chosen.general.change < scaled.general.change
+
+
+def test_a_model_in_memory_is_left_as_it_is(retain: Retain, adapted: PeftModel, adapter_dir: Path) -> None:
+    before = copy.deepcopy(adapted.state_dict())
+    result = retain(adapted)
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    from_folder = retain(adapter_dir)
+    assert result.adapter.tensors.keys() == from_folder.adapter.tensors.keys()
+    for name, value in result.adapter.tensors.items():
+        torch.testing.assert_close(value, from_folder.adapter.tensors[name])
+
+
+def test_half_precision_files_stay_half(retain: Retain, adapted: PeftModel, adapter_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for file in adapter_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    halves = {name: value.bfloat16() for name, value in load_file(adapter_dir / "adapter_model.safetensors").items()}
+    save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert {value.dtype for value in retain(folder).adapter.tensors.values()} == {torch.bfloat16}
+
+
+def test_an_existing_folder_is_not_overwritten(retain: Retain, adapter_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    result = retain(adapter_dir)
+    with pytest.raises(FileExistsError, match="--output"):
+        result.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"general_rows": {}}, "general_rows: expected at least one source"),
+        ({"held_out_general": {}}, "held_out_general: expected at least one source"),
+        (
+            {"general_rows": {"tiny": [{"input_ids": [10, 11, 12], "learnt": [1, 3]}]}},
+            "at least 40 tokens.*got 2",
+        ),
+        ({"general_rows": {"none": []}}, "none: expected rows, got none"),
+        (
+            {"held_out_task": [{"input_ids": [999, 10], "learnt": [1, 2]}]},
+            "task: expected token ids below 320.*got 999",
+        ),
+        ({"held_out_task": [{"input_ids": [9] * 200, "learnt": [1, 200]}]}, "at most 128 tokens.*got 200"),
+        ({"held_out_general": {"task": [{"input_ids": [9, 9], "learnt": [1, 2]}]}}, "names other than 'task'"),
+        ({"general_weights": {"general": 0.0}}, "general_weights of general.*> 0"),
+        ({"method": "magic"}, "method: expected one of retention"),
+        ({"compare": ("magic",)}, "method: expected one of retention"),
+        ({"mu": 0.1, "forgetting": 0.0}, "exactly one"),
+        (
+            {"forgetting": -50.0, "evaluations": 3},
+            "forgetting: expected a bound that some strength keeps.*Nothing was written",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(retain: Retain, adapter_dir: Path, overrides: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retain(adapter_dir, **overrides)
+
+
+def test_a_tolerance_that_no_strength_keeps_is_refused(retain: Retain, adapter_dir: Path) -> None:
+    """Few looks, all of them too strong."""
+    with pytest.raises(ValueError, match=r"task_tolerance: expected a bound.*Raise it to that. Nothing was written"):
+        retain(adapter_dir, task_tolerance=0.0, evaluations=1, compare=())
+
+
+def test_held_out_rows_that_were_calibrated_on_are_refused(
+    retain: Retain, adapter_dir: Path, task_rows: Rows, general_rows: Rows
+) -> None:
+    with pytest.raises(
+        ValueError, match="rows of task: expected held-out rows that are not calibration rows, got 2 of 14"
+    ):
+        retain(adapter_dir, held_out_task=[*task_rows(12, 7), *task_rows(24, 2)[:2]])
+    with pytest.raises(ValueError, match=r"rows of general.*got 1 of 13"):
+        retain(adapter_dir, held_out_general={"general": [*general_rows(12, 8), general_rows(24, 1)[0]]})
+
+
+def test_what_is_no_plain_lora_is_refused(retain: Retain, knowing_backbone: Path, tmp_path: Path) -> None:
+    ia3 = get_peft_model(LlamaForCausalLM.from_pretrained(knowing_backbone), IA3Config(task_type="CAUSAL_LM"))
+    ia3.save_pretrained(str(tmp_path / "ia3"))
+    with pytest.raises(ValueError, match="--adapter: expected a LoRA adapter, got IA3"):
+        retain(tmp_path / "ia3")
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(knowing_backbone), dora)
+    with pytest.raises(ValueError, match=r"expected a plain linear LoRA layer, got .*Dora"):
+        retain(model)
+
+
+def test_another_backbone_is_refused(retain: Retain, adapter_dir: Path, tiny_llama: LlamaForCausalLM) -> None:
+    config = copy.deepcopy(tiny_llama.config)
+    config.intermediate_size = 48
+    with pytest.raises(ValueError, match=r"--backbone: expected the model .* was trained on"):
+        retain(adapter_dir, backbone=LlamaForCausalLM(config))
+    config = copy.deepcopy(tiny_llama.config)
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"--backbone: .* with other layers"):
+        retain(adapter_dir, backbone=LlamaForCausalLM(config))
+
+
+def test_what_is_no_adapter_is_refused(retain: Retain, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--adapter: expected the folder of a PEFT adapter or a checkpoint"):
+        retain(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"--adapter: .* no adapter_config.json"):
+        retain(tmp_path)
