@@ -26,7 +26,13 @@ from grit_lightning.forgetting.general_text import GeneralText
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
-from grit_lightning.geometry.retention import RetentionEdit, judge_by_retention, judge_by_task, retention_edit
+from grit_lightning.geometry.retention import (
+    TOKENS_PER_RANK,
+    RetentionEdit,
+    judge_by_retention,
+    judge_by_task,
+    retention_edit,
+)
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.runs.writing import is_dev_run
 
@@ -200,15 +206,15 @@ class Retention(GeometryCallback):
             return
         self._tries_everything = is_dev_run(trainer)
         tokenizer = tokenizer_for(OWNER, self.tokenizer, trainer, pl_module)
-        blocks = self.batch_size if self._tries_everything else self.max_blocks
-        self._text = GeneralText([text.read(tokenizer, self.block_size, blocks) for text in self.texts], self.weights)
+        blocks = [text.read(tokenizer, self.block_size, self.max_blocks) for text in self.texts]
+        self._text = GeneralText(blocks, self.weights)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the second estimate, or go on with the checkpoint's.
 
         Raises:
             MisconfigurationException: If there is no geometry or PEFT model, or weights are averaged while they are edited.
-            ValueError: If blocks are longer than the model's context, there are fewer tokens than the rank, the checkpoint's
+            ValueError: If blocks are longer than the model's context, there are too few tokens for the rank, the checkpoint's
                 estimate is of other text, or the optimizer's state cannot follow an edit.
         """
         super().on_fit_start(trainer, pl_module)
@@ -217,7 +223,7 @@ class Retention(GeometryCallback):
         require_context(model, self.block_size, "a block of text", "Retention.block_size")
         self._stop_listening(pl_module)  # to an earlier fit, if that has failed
         self._text.go_to(0)
-        self._text.require_tokens(max(group.r for group in geometry.groups), "Retention.texts")
+        self._text.require_tokens(TOKENS_PER_RANK * max(group.r for group in geometry.groups), "Retention.texts")
         estimate = geometry.beside(model, GeometryConfig(ema_beta=self.ema_beta))
         self._general = GeneralStatistics(
             self._text,
@@ -276,7 +282,7 @@ class Retention(GeometryCallback):
             return
         geometry = self._geometry(pl_module)
         if self.every_n_steps is None:
-            self._measure(trainer, self._measuring.micro_batches)
+            self._measure(trainer, 1 if self._tries_everything else self._measuring.micro_batches)
         planned = self._planned(geometry)
         if self.mu > 0 and planned.layers > 0:
             self._edit_at_end(trainer, geometry, planned)
@@ -317,8 +323,8 @@ class Retention(GeometryCallback):
         planned = retention_edit(geometry, self.estimate, self.mu, self.damping)
         if planned.layers == 0 and not self._tries_everything:
             rank_zero_warn(
-                f"Retention: expected {geometry.config.kfac_min_samples} tokens of the task and as many of general text as the "
-                "adapter's rank before an edit, got fewer of every layer, so that nothing is edited. Lower "
+                f"Retention: expected {geometry.config.kfac_min_samples} tokens of the task and {TOKENS_PER_RANK} of general "
+                "text for each unit of rank before an edit, got fewer for every layer, so that nothing is edited. Lower "
                 "Retention.every_n_steps or GeometryConfig.kfac_min_samples, or train for more steps."
             )
         return planned

@@ -69,7 +69,7 @@ class GeneralText:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def require_tokens(self, needed: int, settings: str) -> None:
-        """Check that statistics of these tokens can have full rank.
+        """Check that there is enough to take statistics of.
 
         Args:
             needed: Tokens that it takes.
@@ -80,7 +80,7 @@ class GeneralText:
         """
         if self.tokens < needed:
             raise InvalidValueError(
-                f"{settings}: expected at least {needed} tokens of general text, as many as the adapter's rank, got "
+                f"{settings}: expected at least {needed} tokens of general text for an adapter of this rank, got "
                 f"{self.tokens}. Use more text, or raise max_blocks or block_size."
             )
 

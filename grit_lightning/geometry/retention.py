@@ -12,6 +12,9 @@ from grit_lightning import functional as F
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
 
+TOKENS_PER_RANK = 10
+"""Tokens of general text for each unit of rank: fewer leave most of a covariance to chance."""
+
 
 class RetentionEdit(NamedTuple):
     """What an edit would do, and what it is predicted to cost; nats per token of each kind of text, summed over layers."""
@@ -82,8 +85,8 @@ def judge_by_task(task: RankSpaceGeometry) -> None:
 
 
 def _heard(general: RankGroup) -> Tensor:
-    """Layers `[L]` bool of which general text has given as many tokens as it takes for full rank."""
-    return general.counts.tokens >= general.r
+    """Layers `[L]` bool that enough tokens of general text have gone through."""
+    return general.counts.tokens >= TOKENS_PER_RANK * general.r
 
 
 def _basis(task: RankGroup, general: RankGroup, damping: float) -> F.RetentionBasis:

@@ -38,7 +38,7 @@ def pair(
     model, task = make_geometry(**MEAN)
     general = task.beside(model, GeometryConfig(**MEAN))
     take(model, task, random_batch(seed=1))
-    take(model, general, random_batch(seed=2, pad=3))
+    take(model, general, random_batch(batch=4, seed=2, pad=3))
     yield model, task, general
     task.release(general)
 
@@ -52,7 +52,7 @@ def test_each_estimate_hears_its_own_text_alone(
     pair: tuple[PeftModel, RankSpaceGeometry, RankSpaceGeometry], truth: Factory, random_batch: Factory
 ) -> None:
     model, task, general = pair
-    for geometry, batch in ((task, random_batch(seed=1)), (general, random_batch(seed=2, pad=3))):
+    for geometry, batch in ((task, random_batch(seed=1)), (general, random_batch(batch=4, seed=2, pad=3))):
         for name, (a_cov, g_cov) in truth(model, [batch]).items():
             torch.testing.assert_close(geometry.layers[name].a_cov.double(), a_cov, rtol=1e-4, atol=1e-7)
             torch.testing.assert_close(geometry.layers[name].g_cov.double(), g_cov, rtol=1e-4, atol=1e-7)
@@ -89,7 +89,7 @@ def test_a_reprojection_at_full_rank_changes_nothing_in_the_edit(
         model, task = make_geometry(**MEAN)
         general = task.beside(model, GeometryConfig(**MEAN))
         take(model, task, random_batch(seed=1))
-        take(model, general, random_batch(seed=2))
+        take(model, general, random_batch(batch=4, seed=2))
         if reprojects:
             task.reproject(F.maps_rule(mode))
         take(model, general, random_batch(seed=3))

@@ -57,7 +57,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     [
         ({"texts": [{"source": "nosuch.txt"}]}, FileNotFoundError, "expected a file, got nosuch.txt"),
         ({"block_size": 129}, ValueError, r"at most 128 tokens.*got 129 .* Lower Retention\.block_size"),
-        ({"block_size": 2, "max_blocks": 1}, ValueError, r"Retention\.texts: expected at least 4 tokens .*, got 2"),
+        ({"max_blocks": 1}, ValueError, r"Retention\.texts: expected at least 40 tokens .*, got 32"),
         ({"tokenizer": None}, MisconfigurationException, r"Retention\.tokenizer: expected a tokenizer"),
     ],
     ids=["file", "context", "tokens", "tokenizer"],
