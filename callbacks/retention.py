@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,20 @@ from grit_lightning import functional as F
 from grit_lightning.backbones.inputs import require_context
 from grit_lightning.callbacks.base import GeometryCallback, ScheduledCallback, one_of
 from grit_lightning.callbacks.event_log import EventLog
-from grit_lightning.callbacks.forgetting import ForgettingProbe
 from grit_lightning.callbacks.last_edit import put_before_probes, save_around
 from grit_lightning.callbacks.lookup import peft_model_of, tokenizer_for
-from grit_lightning.callbacks.rank_adaptation import RankAdaptation
-from grit_lightning.callbacks.reprojection import Reprojection
+from grit_lightning.callbacks.retention_settings import (
+    OWNER,
+    orders_directions,
+    require_texts,
+    warn_of_shared_documents,
+)
+from grit_lightning.callbacks.validation_loss import (
+    Strength,
+    require_validation,
+    strongest_within,
+    validation_loss,
+)
 from grit_lightning.distributed.strategies import WholeAdapterStrategy
 from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.forgetting.general_statistics import GeneralStatistics
@@ -32,11 +42,11 @@ from grit_lightning.geometry.retention import (
     judge_by_retention,
     judge_by_task,
     retention_edit,
+    tried,
 )
 from grit_lightning.ignored_settings import warn_if_ignored
 from grit_lightning.runs.writing import is_dev_run
 
-OWNER = "Retention"  # of the settings, in messages
 MODES, METRICS = ("at_end", "periodic", "penalty"), ("task", "retention")
 
 
@@ -61,6 +71,8 @@ class Retention(GeometryCallback):
         texts: General text, of the kind that the backbone was pretrained on; other documents than a probe's.
         mode: What is done, as above.
         mu: μ ≥ 0, what a nat of general text is worth in nats of the task, per token of each.
+        task_tolerance: For `at_end`, choose the largest μ at which the loss on the validation rows rises by at most so many
+            nats per token, by measuring it at up to eight strengths; None takes `mu`.
         weights: Share of each text among the blocks, by its name; 1 for those that are not named.
         every_n_steps: Optimizer steps between two micro-batches of general text; None, for `at_end`, takes all blocks once, at
             the end.
@@ -89,6 +101,7 @@ class Retention(GeometryCallback):
         texts: list[TextData] | None = None,
         mode: str = "at_end",
         mu: float = 0.1,
+        task_tolerance: float | None = None,
         weights: dict[str, float] | None = None,
         every_n_steps: int | None = 4,
         edit_every_n_steps: int = 50,
@@ -107,6 +120,8 @@ class Retention(GeometryCallback):
         require(OWNER, "mode", mode in MODES, one_of(MODES), mode)
         require(OWNER, "metric", metric in METRICS, one_of(METRICS), metric)
         require(OWNER, "mu", 0.0 <= mu < float("inf"), "a number ≥ 0", mu)
+        measured = task_tolerance is None or (mode == "at_end" and 0.0 <= task_tolerance < float("inf"))
+        require(OWNER, "task_tolerance", measured, "null, or in mode at_end a number ≥ 0 (nats)", task_tolerance)
         require(OWNER, "damping", 0.0 <= damping < float("inf"), "a number ≥ 0", damping)
         require(OWNER, "ema_beta", 0.0 <= ema_beta < 1.0, "a number in [0, 1)", ema_beta)
         once = every_n_steps is not None or (mode == "at_end" and metric == "task")
@@ -126,9 +141,9 @@ class Retention(GeometryCallback):
             require(OWNER, name, value is None or value >= least, f"an integer ≥ {least}", value)
         self.texts = [TextData(**text) if isinstance(text, Mapping) else text for text in texts or []]
         self.weights = dict(weights or {})
-        self._check_texts()
+        require_texts(self.texts, self.weights)
         self.mode, self.mu, self.damping, self.metric = mode, mu, damping, metric
-        self.edit_every_n_steps = edit_every_n_steps
+        self.task_tolerance, self.edit_every_n_steps = task_tolerance, edit_every_n_steps
         self.block_size, self.max_blocks, self.batch_size = block_size, max_blocks, batch_size
         self.ema_beta, self.tokenizer = ema_beta, tokenizer
         self.changes_coordinates = mode != "penalty"
@@ -137,25 +152,9 @@ class Retention(GeometryCallback):
         self._general: GeneralStatistics | None = None
         self._loaded: dict[str, Any] | None = None
         self._edits = 0
-        self._edited_at_end = -1  # optimizer step
         self._last_event: dict[str, Any] = {}
         self._penalty: Tensor | None = None
         self._tries_everything = False
-
-    def _check_texts(self) -> None:
-        names = [text.label for text in self.texts]
-        if not names:
-            raise InvalidValueError(
-                "Retention.texts: expected general text, got none. Name at least one file or hub id."
-            )
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InvalidValueError(
-                f"Retention.texts: expected different names, got several called {', '.join(twice)}. Set `name`."
-            )
-        require(OWNER, "weights", self.weights.keys() <= set(names), f"names among {', '.join(names)}", self.weights)
-        finite = all(0.0 <= weight < float("inf") for weight in self.weights.values())
-        some = any(self.weights.get(name, 1.0) > 0 for name in names)
-        require(OWNER, "weights", finite and some, "numbers ≥ 0, one of them above 0", self.weights)
 
     @property
     def estimate(self) -> RankSpaceGeometry:
@@ -213,7 +212,8 @@ class Retention(GeometryCallback):
         """Begin the second estimate, or go on with the checkpoint's.
 
         Raises:
-            MisconfigurationException: If there is no geometry or PEFT model, or weights are averaged while they are edited.
+            MisconfigurationException: If there is no geometry or PEFT model, weights are averaged while they are edited, or
+                there is nothing to measure a tolerance on.
             ValueError: If blocks are longer than the model's context, there are too few tokens for the rank, the checkpoint's
                 estimate is of other text, or the optimizer's state cannot follow an edit.
         """
@@ -233,7 +233,9 @@ class Retention(GeometryCallback):
             trainer.world_size,
             with_cross_moments=self.mode == "penalty",
         )
-        self._edits, self._edited_at_end, self._last_event, self._penalty, self.unedited = 0, -1, {}, None, {}
+        self._edits, self._last_event, self._penalty, self.unedited = 0, {}, None, {}
+        if self.task_tolerance is not None:
+            require_validation("Retention.task_tolerance", trainer, pl_module)
         if self._loaded is not None and not self._tries_everything:
             self._restore(self._loaded)
         self._loaded = None
@@ -268,24 +270,24 @@ class Retention(GeometryCallback):
         if self.measures(trainer.global_step):
             self._measure(trainer)
         if self.edits(trainer.global_step):
-            optimizer = trainer.optimizers[0] if trainer.optimizers else None
-            planned = self._planned(geometry)
+            planned = self._planned(geometry, self.mu)
             if self.mu == 0 or planned.layers == 0:
                 return
-            self._edit(trainer, geometry, planned, optimizer)
+            self._edit(trainer, geometry, planned)
             if not trainer.barebones:
                 trainer.lightning_module.log_dict(self._predicted_costs(), on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Edit once, in `at_end`, before the probe measures and the last checkpoint is written."""
-        if self.mode != "at_end" or self._edited_at_end == trainer.global_step:
+        if self.mode != "at_end":
             return
         geometry = self._geometry(pl_module)
         if self.every_n_steps is None:
             self._measure(trainer, 1 if self._tries_everything else self._measuring.micro_batches)
-        planned = self._planned(geometry)
-        if self.mu > 0 and planned.layers > 0:
-            self._edit_at_end(trainer, geometry, planned)
+        found = None if self.task_tolerance is None else self._strongest(trainer, geometry, self.task_tolerance)
+        planned = self._planned(geometry, self.mu if found is None else found.mu)
+        if planned.mu > 0 and planned.layers > 0:
+            self._edit_at_end(trainer, geometry, planned, found)
 
     # General text.
 
@@ -319,8 +321,8 @@ class Retention(GeometryCallback):
 
     # Edits.
 
-    def _planned(self, geometry: RankSpaceGeometry) -> RetentionEdit:
-        planned = retention_edit(geometry, self.estimate, self.mu, self.damping)
+    def _planned(self, geometry: RankSpaceGeometry, mu: float) -> RetentionEdit:
+        planned = retention_edit(geometry, self.estimate, mu, self.damping)
         if planned.layers == 0 and not self._tries_everything:
             rank_zero_warn(
                 f"Retention: expected {geometry.config.kfac_min_samples} tokens of the task and {TOKENS_PER_RANK} of general "
@@ -329,30 +331,46 @@ class Retention(GeometryCallback):
             )
         return planned
 
+    def _strongest(self, trainer: pl.Trainer, geometry: RankSpaceGeometry, tolerance: float) -> Strength:
+        """Find μ by measuring the validation rows."""
+
+        def loss_at(mu: float) -> float:
+            maps = retention_edit(geometry, self.estimate, mu, self.damping).maps
+            with tried(geometry, maps) if mu > 0 else nullcontext():
+                return validation_loss(trainer)
+
+        found = strongest_within(tolerance, loss_at)
+        if found.mu == 0:
+            rank_zero_warn(
+                f"Retention.task_tolerance: expected an edit that the task can bear, got none within {tolerance:g} nats of its "
+                f"loss of {found.loss_before:.4f}, so that nothing is edited. Raise it."
+            )
+        return found
+
     def _edit(
         self,
         trainer: pl.Trainer,
         geometry: RankSpaceGeometry,
         planned: RetentionEdit,
-        optimizer: torch.optim.Optimizer | None,
+        measured: Strength | None = None,
     ) -> None:
-        """Change the adapter, and write down what that is predicted to cost."""
-        geometry.edit(planned.maps, optimizer=optimizer)
+        """Change the adapter, and write down what that is predicted to cost, and what was measured."""
+        geometry.edit(planned.maps, optimizer=trainer.optimizers[0] if trainer.optimizers else None)
         self._edits += 1
-        costs = {name: value for name, value in planned._asdict().items() if name != "maps"}
-        self._last_event = {"step": trainer.global_step, "mode": self.mode, "mu": self.mu, **costs}
+        predicted = {name: value for name, value in planned._asdict().items() if name != "maps"}
+        self._last_event = {"step": trainer.global_step, "mode": self.mode, **predicted}
+        if measured is not None:
+            losses = {"val_loss_before": measured.loss_before, "val_loss_after": measured.loss_after}
+            self._last_event |= losses
         self._log_events([self._last_event])
 
-    def _edit_at_end(self, trainer: pl.Trainer, geometry: RankSpaceGeometry, planned: RetentionEdit) -> None:
+    def _edit_at_end(
+        self, trainer: pl.Trainer, geometry: RankSpaceGeometry, planned: RetentionEdit, measured: Strength | None
+    ) -> None:
         """Edit, with a checkpoint of the adapter before and one after, and say so."""
         sites = [site for group in geometry.groups for site in group.sites]
         self.unedited = {site.name: site.up.weight.detach().cpu().clone() for site in sites}
-
-        def edit() -> None:
-            self._edit(trainer, geometry, planned, trainer.optimizers[0] if trainer.optimizers else None)
-            self._edited_at_end = trainer.global_step
-
-        kept = save_around(trainer, edit)
+        kept = save_around(trainer, lambda: self._edit(trainer, geometry, planned, measured))
         for logger in trainer.loggers:
             # Lightning's loggers count from 0
             logger.log_metrics(self._predicted_costs(), step=max(trainer.global_step - 1, 0))
@@ -360,8 +378,8 @@ class Retention(GeometryCallback):
             self._last_event["unedited"] = str(kept)
         if not trainer.barebones:
             rank_zero_info(
-                f"Retention: edited {planned.layers} layers at μ {self.mu:g}. Predicted, in nats per token: the task loses "
-                f"{planned.task_cost:.2g}, general text pays {planned.general_cost_after:.2g} after "
+                f"Retention: edited {planned.layers} layers at μ {planned.mu:.3g}. Predicted, in nats per token: the task "
+                f"loses {planned.task_cost:.2g}, general text pays {planned.general_cost_after:.2g} after "
                 f"{planned.general_cost_before:.2g}. The adapter before it: {kept or 'Retention.unedited'}."
             )
 
@@ -379,7 +397,7 @@ class Retention(GeometryCallback):
         """Return the second estimate, the place in the text, and what has been edited; a collective."""
         if self._general is None:
             return {}
-        return {**self._general.state_dict(), "edits": self._edits, "edited_at_end": self._edited_at_end}
+        return {**self._general.state_dict(), "edits": self._edits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what `state_dict` returned until the second estimate is there."""
@@ -392,7 +410,7 @@ class Retention(GeometryCallback):
                 "source, block_size, max_blocks, weights and the tokenizer as they were."
             )
         self._measuring.load_state_dict(state)
-        self._edits, self._edited_at_end = state["edits"], state["edited_at_end"]
+        self._edits = state["edits"]
 
     def report(self) -> dict[str, Any]:
         """Return what the last edit was predicted to cost, or the last penalty, for summary.json."""
@@ -407,7 +425,10 @@ class Retention(GeometryCallback):
         readers = {} if self.mode == "periodic" else {"edit_every_n_steps": "mode: periodic"}
         if self.every_n_steps is None:
             readers["ema_beta"] = "every_n_steps as a number"
-        warn_if_ignored(Retention, {"edit_every_n_steps": self.edit_every_n_steps, "ema_beta": self.ema_beta}, readers)
+        if self.task_tolerance is not None and self.metric == "task":
+            readers["mu"] = "task_tolerance: null"
+        given = {"edit_every_n_steps": self.edit_every_n_steps, "ema_beta": self.ema_beta, "mu": self.mu}
+        warn_if_ignored(Retention, given, readers)
 
     def validate_beside(self, others: list[ScheduledCallback]) -> None:
         """Refuse a second Retention; say if nothing asks for the metric, or a probe measures the text that is retained.
@@ -419,20 +440,8 @@ class Retention(GeometryCallback):
             raise InvalidValueError(
                 "Retention: expected one at a time, got several, each of which would pull towards the backbone. Remove one."
             )
-        orders = any(
-            (isinstance(other, Reprojection) and other.mode is not F.ReprojectionMode.ONE_SIDED)
-            or (isinstance(other, RankAdaptation) and other.rule != "energy")
-            for other in others
-        )
-        if not orders:
+        if not any(map(orders_directions, others)):
             reader = "Reprojection, mode balanced, or RankAdaptation, rule balanced or kl_budget"
             warn_if_ignored(Retention, {"metric": self.metric}, {"metric": reader})
         assert self._text is not None
-        for probe in (other for other in others if isinstance(other, ForgettingProbe)):
-            for held_out in probe.text_blocks:
-                if shared := self._text.shared_with(held_out):
-                    rank_zero_warn(
-                        f"Retention.texts: expected other documents than those that ForgettingProbe measures, got {shared} of "
-                        f"the {len(held_out.sequences)} blocks of {held_out.name} in both, of which it will report too good a "
-                        "result. Set another split or source for one of the two."
-                    )
+        warn_of_shared_documents(self._text, others)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ TOKENS_PER_RANK = 10
 class RetentionEdit(NamedTuple):
     """What an edit would do, and what it is predicted to cost; nats per token of each kind of text, summed over layers."""
 
+    mu: float
     maps: list[Tensor]
     """X `[L, r, r]` for each group of the geometry; the identity where a layer has too few samples of either."""
     layers: int
@@ -53,7 +56,22 @@ def retention_edit(task: RankSpaceGeometry, general: RankSpaceGeometry, mu: floa
         predicted = torch.stack([basis.task_cost(mu), basis.general_cost(0.0), basis.general_cost(mu)])
         costs += (predicted * enough).sum(-1).cpu()
         layers += int(enough.sum())
-    return RetentionEdit(maps, layers, *costs.tolist())
+    return RetentionEdit(mu, maps, layers, *costs.tolist())
+
+
+@contextmanager
+@torch.no_grad()
+def tried(task: RankSpaceGeometry, maps: Sequence[Tensor]) -> Iterator[None]:
+    """Have B X in place of B for a while, X `[L, r, r]` for each group; statistics and moments stay as they are."""
+    factors = [factor for group in task.groups for factor in group.factors("b")]
+    found = [factor.detach().clone() for factor in factors]
+    try:
+        for factor, x in zip(factors, (x for of_group in maps for x in of_group), strict=True):
+            factor.copy_(factor.to(torch.promote_types(factor.dtype, x.dtype)) @ x.to(factor.device))
+        yield
+    finally:
+        for factor, before in zip(factors, found, strict=True):
+            factor.copy_(before)
 
 
 def judge_by_retention(task: RankSpaceGeometry, general: RankSpaceGeometry, mu: float, damping: float) -> None:

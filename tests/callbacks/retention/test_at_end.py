@@ -121,6 +121,28 @@ def test_a_finished_run_is_not_edited_again_and_one_that_goes_on_is(
     assert run(4, resume=True).report()["retention"]["edits"] == 2
 
 
+def test_the_strength_is_the_largest_that_the_validation_rows_bear(
+    quick_module: Factory, loader: Factory, make_trainer: Factory, retention: Factory
+) -> None:
+    """Measured, and what validation then says; a larger tolerance takes a larger μ, none at all takes none."""
+
+    def run(tolerance: float) -> dict[str, Any]:
+        module, found = quick_module(), retention(task_tolerance=tolerance)
+        trainer = make_trainer(callbacks=[found], max_steps=8, max_epochs=-1, check_val_every_n_epoch=5)
+        pl.seed_everything(5, verbose=False)
+        trainer.fit(module, loader(8), loader(2))
+        after = trainer.validate(module, loader(2), verbose=False)[0]["val/loss"]
+        report: dict[str, Any] = found.report()["retention"]
+        assert report["val_loss_after"] == pytest.approx(after, rel=1e-5)
+        assert report["val_loss_after"] - report["val_loss_before"] <= tolerance
+        return report
+
+    small, large = run(1e-4), run(1e-2)
+    assert 0 < small["mu"] < large["mu"]
+    assert small["val_loss_before"] == pytest.approx(large["val_loss_before"], rel=1e-6)
+    assert small["general_cost_after"] > large["general_cost_after"]
+
+
 def test_other_checkpoints_stay_and_the_edited_adapter_gets_its_own(
     quick_module: Factory, loader: Factory, make_trainer: Factory, retention: Factory, tmp_path: Path
 ) -> None:

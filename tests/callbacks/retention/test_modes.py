@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, Retention
 from grit_lightning.geometry.config import GeometryConfig
+from grit_lightning.geometry.cross_moments import CrossMoments
 from grit_lightning.optimizers import EigenbasisAdam, NaturalAdam
 
 from ...test_averaged_weights import ScheduleFree
@@ -128,6 +129,22 @@ def test_a_resumed_run_ends_to_the_bit_as_one_that_never_stopped(
         run("changed", StopAt(3))
     with pytest.raises(ValueError, match=r"Retention\.texts: expected the general text that the checkpoint has"):
         run("changed", resume=True, max_blocks=3)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_penalty_now_and_then_is_as_much_stronger(
+    quick_module: Factory,
+    loader: Factory,
+    make_trainer: Factory,
+    retention: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+    interval: int,
+) -> None:
+    weights: list[float] = []
+    monkeypatch.setattr(CrossMoments, "add_penalty", lambda self, mu: weights.append(mu))
+    found = retention(mode="penalty", mu=0.2, every_n_steps=interval)
+    make_trainer(callbacks=[found], max_steps=6, max_epochs=-1).fit(quick_module(), loader(8))
+    assert weights == pytest.approx([0.2 * interval] * (6 // interval))
 
 
 def test_reduced_ranks_stay_reduced_when_edited(

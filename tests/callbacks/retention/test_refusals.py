@@ -28,6 +28,11 @@ ONE: list[Any] = [{"source": "a.txt"}]
         ({"texts": ONE, "mode": "always"}, r"Retention\.mode: expected at_end, periodic or penalty"),
         ({"texts": ONE, "mu": -0.1}, r"Retention\.mu: expected a number ≥ 0"),
         ({"texts": ONE, "mu": float("nan")}, r"Retention\.mu: expected a number ≥ 0"),
+        (
+            {"texts": ONE, "task_tolerance": -0.1},
+            r"Retention\.task_tolerance: expected null, or in mode at_end a number",
+        ),
+        ({"texts": ONE, "task_tolerance": 0.1, "mode": "penalty"}, r"Retention\.task_tolerance: .* in mode at_end"),
         ({"texts": ONE, "damping": -1.0}, r"Retention\.damping: expected a number ≥ 0"),
         ({"texts": ONE, "ema_beta": 1.0}, r"Retention\.ema_beta: expected a number in \[0, 1\)"),
         ({"texts": ONE, "weights": {"b": 1.0}}, r"Retention\.weights: expected names among a"),
@@ -80,6 +85,14 @@ def test_a_module_without_geometry(
 ) -> None:
     with pytest.raises(MisconfigurationException, match="Retention: expected a module with a rank-space geometry"):
         make_trainer(callbacks=[retention()], max_steps=1).fit(quick_module(geometry=None), loader(2))
+
+
+def test_a_tolerance_without_validation_rows(
+    quick_module: Factory, loader: Factory, make_trainer: Factory, retention: Factory
+) -> None:
+    trainer = make_trainer(callbacks=[retention(task_tolerance=0.1)], max_steps=1)
+    with pytest.raises(MisconfigurationException, match=r"Retention\.task_tolerance: expected a .* without them"):
+        trainer.fit(quick_module(), loader(2))
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
