@@ -27,7 +27,6 @@ def take(model: PeftModel, geometry: RankSpaceGeometry, batch: dict[str, Tensor]
     torch.autograd.grad(model(**batch, use_cache=False).loss, [p for p in model.parameters() if p.requires_grad])
     geometry.finish_micro_batch()
     geometry.finish_window()
-    geometry.reduce()
 
 
 @pytest.fixture
@@ -39,6 +38,8 @@ def pair(
     general = task.beside(model, GeometryConfig(**MEAN))
     take(model, task, random_batch(seed=1))
     take(model, general, random_batch(batch=4, seed=2, pad=3))
+    for geometry in (task, general):
+        geometry.reduce()
     yield model, task, general
     task.release(general)
 
@@ -154,6 +155,7 @@ def test_the_penalty_is_that_of_an_independent_measurement(make_geometry: Factor
         layer.register_forward_hook(keep)
     cross.start(batch["attention_mask"], labels)
     take(model, general, batch)
+    general.reduce()
     cross.stop()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
