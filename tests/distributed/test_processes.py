@@ -61,7 +61,8 @@ def test_two_processes_train_a_module_of_somebody_else(found: Found, worker: Mod
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp2", "penalty")]
+    ("kind", "mode"),
+    [("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp", "measured"), ("fsdp2", "penalty")],
 )
 def test_two_processes_retain_what_one_does(
     kind: str, mode: str, retained_alone: Callable[[str], Any], found: Found, worker: ModuleType
@@ -70,8 +71,9 @@ def test_two_processes_retain_what_one_does(
     assert worker.runs.replicas_agree(*both)
     for part in ("weights", "Σ_a", "Σ_g"):
         assert worker.runs.largest_difference(one[part], both[0][part]) < ROUNDING, part
-    for part in ("tokens", "task tokens"):
+    for part in ("tokens", "task tokens", "mu"):
         assert one[part] == both[0][part], part
+    assert one["mu"] > 0
 
 
 @pytest.mark.parametrize("kind", SHARDED)

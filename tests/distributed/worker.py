@@ -47,7 +47,7 @@ RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart 
 OFTEN = {"kfac_update_freq": 2, "kfac_min_samples": 1}
 ONE_EPOCH = 3 * runs.WINDOW
 KINDS = ("ddp", "fsdp", "fsdp2")
-RETENTIONS = (("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp2", "penalty"))
+RETENTIONS = (("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp", "measured"), ("fsdp2", "penalty"))
 
 
 class Unfinished(pl.Callback):
@@ -135,15 +135,21 @@ def retained(kind: str, backbone: Path, mode: str) -> dict[str, Any]:
     """Three steps with general text in between; what is left of the adapter, and the estimate of that text."""
     pl.seed_everything(7, verbose=False)
     each = 4 // int(os.environ.get("WORLD_SIZE", "1"))
-    interval = {"edit_every_n_steps": 2} if mode == "periodic" else {}
-    found = RetentionOfNumbers(
-        [TextData("numbers.txt")], mode, mu=5.0, every_n_steps=1, block_size=12, batch_size=each, **interval
-    )
+    modes: dict[str, dict[str, Any]] = {
+        "at_end": {"mu": 5.0},
+        "measured": {"mode": "at_end", "task_tolerance": 1e-4},
+        "periodic": {"mode": "periodic", "mu": 5.0, "edit_every_n_steps": 2},
+        "penalty": {"mode": "penalty", "mu": 5.0},
+    }
+    settings = {"every_n_steps": 1, "block_size": 12, "batch_size": each} | modes[mode]
+    found = RetentionOfNumbers([TextData("numbers.txt")], **settings)
     module = runs.make_module(backbone, OFTEN)
     callbacks = [found, Reprojection("balanced", every_n_steps=2)]
-    runs.make_trainer(kind, callbacks=callbacks).fit(module, runs.share(runs.micro_batches(ONE_EPOCH)))
-    found.estimate.reduce()
+    validation = runs.share(runs.micro_batches(4, seed=1)) if mode == "measured" else None
+    trainer = runs.make_trainer(kind, callbacks=callbacks, check_val_every_n_epoch=5)
+    trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)), validation)
     return {
+        "mu": found.report()["retention"]["mu"],
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "Σ_g": {name: view.g_cov.clone() for name, view in found.estimate.layers.items()},
         "Σ_a": {name: view.a_cov.clone() for name, view in found.estimate.layers.items()},
