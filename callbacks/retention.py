@@ -31,8 +31,8 @@ from grit_lightning.callbacks.validation_loss import (
 )
 from grit_lightning.distributed.strategies import WholeAdapterStrategy
 from grit_lightning.errors import InvalidValueError, require
+from grit_lightning.forgetting.dealt_blocks import DealtBlocks
 from grit_lightning.forgetting.general_statistics import GeneralStatistics
-from grit_lightning.forgetting.general_text import GeneralText
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
@@ -148,7 +148,7 @@ class Retention(GeometryCallback):
         self.ema_beta, self.tokenizer = ema_beta, tokenizer
         self.changes_coordinates = mode != "penalty"
         self.unedited: dict[str, Tensor] = {}
-        self._text: GeneralText | None = None
+        self._text: DealtBlocks | None = None
         self._general: GeneralStatistics | None = None
         self._loaded: dict[str, Any] | None = None
         self._edits = 0
@@ -206,7 +206,7 @@ class Retention(GeometryCallback):
         self._tries_everything = is_dev_run(trainer)
         tokenizer = tokenizer_for(OWNER, self.tokenizer, trainer, pl_module)
         blocks = [text.read(tokenizer, self.block_size, self.max_blocks) for text in self.texts]
-        self._text = GeneralText(blocks, self.weights)
+        self._text = DealtBlocks(blocks, self.weights)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the second estimate, or go on with the checkpoint's.

@@ -12,7 +12,7 @@ from grit_lightning.callbacks.forgetting import ForgettingProbe
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.callbacks.reprojection import Reprojection
 from grit_lightning.errors import InvalidValueError, require
-from grit_lightning.forgetting.general_text import GeneralText
+from grit_lightning.forgetting.dealt_blocks import DealtBlocks
 from grit_lightning.forgetting.text import TextData
 
 OWNER = "Retention"  # of the settings, in messages
@@ -44,7 +44,7 @@ def orders_directions(callback: Callback) -> bool:
     return isinstance(callback, RankAdaptation) and callback.rule != "energy"
 
 
-def warn_of_shared_documents(text: GeneralText, others: Iterable[Callback]) -> None:
+def warn_of_shared_documents(text: DealtBlocks, others: Iterable[Callback]) -> None:
     """Say which probes measure the text that is retained, whatever it is called there and however it is cut."""
     for probe in (other for other in others if isinstance(other, ForgettingProbe)):
         for held_out in probe.text_blocks:

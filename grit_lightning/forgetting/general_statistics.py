@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grit_lightning.batches import label_token_count
-from grit_lightning.forgetting.general_text import GeneralText
+from grit_lightning.forgetting.dealt_blocks import DealtBlocks
 from grit_lightning.forgetting.likelihood import make_batch
 from grit_lightning.forgetting.without_trace import evaluating_without_trace
 from grit_lightning.geometry.cross_moments import CrossMoments
@@ -40,7 +40,7 @@ class GeneralStatistics:
 
     def __init__(
         self,
-        text: GeneralText,
+        text: DealtBlocks,
         estimate: RankSpaceGeometry,
         batch_size: int,
         rank: int = 0,

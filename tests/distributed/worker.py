@@ -39,7 +39,7 @@ from grit_lightning.distributed.collectives import (
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy
 from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
 from grit_lightning.forgetting import TextData
-from grit_lightning.forgetting.general_text import GeneralText
+from grit_lightning.forgetting.dealt_blocks import DealtBlocks
 from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
 
@@ -128,7 +128,7 @@ class RetentionOfNumbers(Retention):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         generator = torch.Generator().manual_seed(11)
         blocks = [torch.randint(4, 320, (12,), generator=generator).tolist() for _ in range(10)]
-        self._text = GeneralText([TextBlocks("numbers", [TokenSequence(ids) for ids in blocks])])
+        self._text = DealtBlocks([TextBlocks("numbers", [TokenSequence(ids) for ids in blocks])])
 
 
 def retained(kind: str, backbone: Path, mode: str) -> dict[str, Any]:

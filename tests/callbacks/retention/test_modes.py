@@ -11,8 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from peft import PeftModel, get_peft_model
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from grit_lightning import GeometryHooks
 from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, Retention
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.cross_moments import CrossMoments
@@ -145,6 +148,46 @@ def test_a_penalty_now_and_then_is_as_much_stronger(
     found = retention(mode="penalty", mu=0.2, every_n_steps=interval)
     make_trainer(callbacks=[found], max_steps=6, max_epochs=-1).fit(quick_module(), loader(8))
     assert weights == pytest.approx([0.2 * interval] * (6 // interval))
+
+
+class Own(pl.LightningModule):
+    """A module of somebody else that calls the hooks."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self.hooks = GeometryHooks(self, model, GeometryConfig(kfac_update_freq=2, kfac_min_samples=1))
+        self.geometry = self.hooks.geometry
+
+    def configure_optimizers(self) -> Any:
+        return self.hooks.connect(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.hooks.start_micro_batch(batch["attention_mask"], (batch["labels"][:, 1:] != -100).sum())
+        return self.hooks.take_loss(self.model(**batch, use_cache=False).loss)
+
+    def on_after_backward(self) -> None:
+        self.hooks.on_after_backward()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.hooks.on_before_optimizer_step(optimizer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_of_somebody_else_retains_too(
+    make_tiny_llama: Factory,
+    lora_config: Factory,
+    loader: Factory,
+    make_trainer: Factory,
+    retention: Factory,
+    mode: str,
+) -> None:
+    def trained(mu: float) -> float:
+        module = Own(get_peft_model(make_tiny_llama(), lora_config()))
+        make_trainer(callbacks=[retention(mu=mu, **MODES[mode])], max_steps=4, max_epochs=-1).fit(module, loader(8))
+        return size(module)
+
+    assert trained(0.0) > trained(100.0)
 
 
 def test_reduced_ranks_stay_reduced_when_edited(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from grit_lightning.forgetting.general_text import WINDOW, GeneralText
+from grit_lightning.forgetting.dealt_blocks import WINDOW, DealtBlocks
 from grit_lightning.forgetting.held_out import TextBlocks
 from grit_lightning.forgetting.likelihood import TokenSequence
 
@@ -17,36 +17,36 @@ def text(name: str, first: int, blocks: int = 3, tokens: int = 40) -> TextBlocks
     return TextBlocks(name, [TokenSequence(list(range(start, start + tokens))) for start in starts])
 
 
-def names(general: GeneralText, blocks: int) -> str:
+def names(general: DealtBlocks, blocks: int) -> str:
     """First letters of the texts that the next blocks are from."""
     owner = {sequence.ids[0]: one.name for one in general.texts for sequence in one.sequences}
     return "".join(owner[sequence.ids[0]] for sequence in general.deal(blocks))
 
 
 def test_blocks_come_in_proportion_to_the_weights() -> None:
-    general = GeneralText([text("a", 0), text("b", 1000), text("c", 2000)], {"b": 2.0, "c": 0.0})
+    general = DealtBlocks([text("a", 0), text("b", 1000), text("c", 2000)], {"b": 2.0, "c": 0.0})
     assert Counter(names(general, 30)) == {"a": 10, "b": 20}
 
 
 def test_each_text_gives_its_blocks_in_order_again_and_again() -> None:
-    general = GeneralText([text("a", 0)])
+    general = DealtBlocks([text("a", 0)])
     assert [sequence.ids[0] for sequence in general.deal(5)] == [0, 40, 80, 0, 40]
 
 
 @pytest.mark.parametrize("place", [0, 1, 7])
 def test_the_order_goes_on_from_any_place(place: int) -> None:
     texts, weights = [text("a", 0), text("b", 1000, blocks=2)], {"a": 3.0}
-    whole = GeneralText(texts, weights).deal(12)
-    again = GeneralText(texts, weights)
+    whole = DealtBlocks(texts, weights).deal(12)
+    again = DealtBlocks(texts, weights)
     again.deal(5)
     again.go_to(place)
     assert (again.deal(12 - place), again.dealt) == (whole[place:], 12)
 
 
 def test_the_fingerprint_is_of_content_and_weights() -> None:
-    one = GeneralText([text("a", 0), text("b", 1000)], {"a": 2.0})
-    assert one.fingerprint == GeneralText([text("a", 0), text("b", 1000)], {"a": 2.0, "b": 1.0}).fingerprint
-    for other in (GeneralText(one.texts), GeneralText([text("a", 1), text("b", 1000)], {"a": 2.0})):
+    one = DealtBlocks([text("a", 0), text("b", 1000)], {"a": 2.0})
+    assert one.fingerprint == DealtBlocks([text("a", 0), text("b", 1000)], {"a": 2.0, "b": 1.0}).fingerprint
+    for other in (DealtBlocks(one.texts), DealtBlocks([text("a", 1), text("b", 1000)], {"a": 2.0})):
         assert other.fingerprint != one.fingerprint
 
 
@@ -62,10 +62,10 @@ def test_the_fingerprint_is_of_content_and_weights() -> None:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_shared_documents_are_found_by_content(other: TextBlocks, shared: int) -> None:
-    assert GeneralText([text("a", 0)]).shared_with(other) == shared
+    assert DealtBlocks([text("a", 0)]).shared_with(other) == shared
 
 
 def test_fewer_tokens_than_needed_are_refused_with_their_number() -> None:
     with pytest.raises(ValueError, match=r"Retention\.texts: expected at least 121 tokens .*, got 120\. Use more text"):
-        GeneralText([text("a", 0)]).require_tokens(121, "Retention.texts")
-    GeneralText([text("a", 0)]).require_tokens(120, "Retention.texts")
+        DealtBlocks([text("a", 0)]).require_tokens(121, "Retention.texts")
+    DealtBlocks([text("a", 0)]).require_tokens(120, "Retention.texts")

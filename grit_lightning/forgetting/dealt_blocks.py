@@ -15,7 +15,7 @@ WINDOW = 24
 
 
 @dataclass
-class GeneralText:
+class DealtBlocks:
     """Blocks of one or several texts in an endless order that depends on nothing but their number and weights.
 
     Attributes:
