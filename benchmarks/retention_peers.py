@@ -107,7 +107,7 @@ class LaLoRADiagonal:
         self.layers, self.strength = starting_layers(model), strength
         self.fisher: dict[str, Tensor] = {}
 
-        def collect(name: str, a: Tensor, delta: Tensor) -> None:
+        def collect(name: str, _: Tensor, a: Tensor, delta: Tensor) -> None:
             accumulate(self.fisher, name, delta.square().mT @ a.square())
 
         tokens = observe_tokens(model, tokenizer, data, seed, collect)
@@ -131,7 +131,7 @@ class LaLoRAKronecker:
         self.output: dict[str, Tensor] = {}
         self.input: dict[str, Tensor] = {}
 
-        def collect(name: str, a: Tensor, delta: Tensor) -> None:
+        def collect(name: str, _: Tensor, a: Tensor, delta: Tensor) -> None:
             accumulate(self.output, name, delta.mT @ delta)
             accumulate(self.input, name, a.mT @ a)
 
@@ -148,12 +148,46 @@ class LaLoRAKronecker:
             add(b, self.strength * self.output[name] @ (b @ self.input[name]))
 
 
+class KFACOfChange:
+    """Penalise ½ · strength · tr(ΔWᵀ G ΔW S), G = E[δ δᵀ] `[d_out, d_out]`, S = E[x xᵀ] `[d_in, d_in]`.
+
+    Kronecker curvature of general text over the change of weights itself, as Porrello et al. (arXiv 2602.17385) have it for
+    task vectors. It holds A as well and stays right while A moves, which the approximation over B around A₀ does not.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: Any, data: Path, strength: float, seed: int) -> None:
+        """Estimate G and S of the backbone, where B = 0."""
+        self.layers, self.strength = starting_layers(model), strength
+        self.output: dict[str, Tensor] = {}
+        self.input: dict[str, Tensor] = {}
+
+        def collect(name: str, x: Tensor, _: Tensor, delta: Tensor) -> None:
+            accumulate(self.output, name, delta.mT @ delta)
+            accumulate(self.input, name, x.mT @ x)
+
+        tokens = observe_tokens(model, tokenizer, data, seed, collect)
+        for name in self.layers:
+            self.output[name] /= tokens
+            self.input[name] /= tokens
+
+    @torch.no_grad()
+    def add_gradients(self, step: int) -> None:
+        """Add s² G B (A S Aᵀ) to B's and s² (Bᵀ G B) A S to A's."""
+        for name, layer in self.layers.items():
+            a, b = factors(layer)
+            heard, sent = a @ self.input[name], self.output[name] @ b
+            weight = self.strength * layer.scaling[ADAPTER] ** 2
+            add(a, weight * (b.mT @ sent) @ heard)
+            add(b, weight * sent @ (heard @ a.mT))
+
+
 PEERS: dict[str, Callable[[PeftModel, Any, Path, float, int], Any]] = {
     "replay": Replay,
     "l2": L2,
     "ewc": EWC,
     "lalora_diag": LaLoRADiagonal,
     "lalora_kfac": LaLoRAKronecker,
+    "change_kfac": KFACOfChange,
 }
 
 
@@ -217,29 +251,32 @@ def each_block(model: PeftModel, tokenizer: Any, data: Path, seed: int) -> Itera
 
 
 def observe_tokens(
-    model: PeftModel, tokenizer: Any, data: Path, seed: int, collect: Callable[[str, Tensor, Tensor], None]
+    model: PeftModel, tokenizer: Any, data: Path, seed: int, collect: Callable[[str, Tensor, Tensor, Tensor], None]
 ) -> int:
-    """Call `collect` with each layer's name, its a `[tokens, r]` and δ `[tokens, d_out]`; return how many tokens."""
+    """Call `collect` with each layer's name, x `[T, d_in]`, a `[T, r]` and δ `[T, d_out]`, a block at a time; count tokens."""
     with observing(lora_layers(model), collect):
         return sum(each_block(model, tokenizer, data, seed))
 
 
 @contextmanager
-def observing(layers: dict[str, LoraLayer], collect: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Watch the layers' a in the forward pass and δ in the backward pass."""
+def observing(layers: dict[str, LoraLayer], collect: Callable[[str, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Watch the layers' x and a in the forward pass and δ in the backward pass."""
     handles = []
 
     def watch(name: str, layer: LoraLayer) -> None:
-        seen: dict[str, Tensor] = {}
+        seen: list[Tensor] = []
         exact = factors(layer)[0].dtype
 
-        def keep_a(_: Any, __: Any, a: Tensor) -> None:
-            seen["a"] = a.detach()[:, :-1].flatten(0, -2).to(exact)  # the last token predicts nothing
+        def rows(values: Tensor) -> Tensor:
+            return values.detach()[:, :-1].flatten(0, -2).to(exact)  # the last token predicts nothing
+
+        def keep_inputs(_: Any, inputs: tuple[Tensor], a: Tensor) -> None:
+            seen[:] = rows(inputs[0]), rows(a)
 
         def keep_delta(_: Any, __: Any, output: Tensor) -> None:
-            output.register_hook(lambda delta: collect(name, seen["a"], delta[:, :-1].flatten(0, -2).to(exact)))
+            output.register_hook(lambda delta: collect(name, *seen, rows(delta)))
 
-        handles.append(layer.lora_A[ADAPTER].register_forward_hook(keep_a))
+        handles.append(layer.lora_A[ADAPTER].register_forward_hook(keep_inputs))
         handles.append(layer.register_forward_hook(keep_delta))
 
     for name, layer in layers.items():

@@ -223,6 +223,7 @@ def draw(groups: Mapping[str, Sequence[Record]], path: Path) -> None:
     """Draw forgetting against the task's loss: a panel a task, retention, scaling, and every peer as a point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     mains = {recipe: records for recipe, records in groups.items() if len(records[0]["points"]) > 2}
     figure = Figure(figsize=(4.2 * len(mains), 3.6), dpi=150, layout="constrained")
@@ -267,6 +268,8 @@ def draw(groups: Mapping[str, Sequence[Record]], path: Path) -> None:
                         xytext=(3, 2),
                         textcoords="offset points",
                     )
+        axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.axvline(0.0, color="gray", linewidth=0.8, linestyle=":")
         axes.set_title(recipe, fontsize=9)
         axes.set_xlabel("forgotten: general text above the backbone (nats)", fontsize=8)

@@ -17,6 +17,7 @@ from grit_lightning.cli.eval_harness import harness_command
 from grit_lightning.cli.export import export_command
 from grit_lightning.cli.plan import plan_command
 from grit_lightning.cli.prepare import prepare_command
+from grit_lightning.cli.retain import retain_command
 from grit_lightning.cli.run_words import SUBCOMMANDS, settle
 from grit_lightning.cli.terminal import (
     one_line_errors,
@@ -32,6 +33,7 @@ COMMANDS = {
     "data": data_command,
     "plan": plan_command,
     "export": export_command,
+    "retain": retain_command,
     "prepare": prepare_command,
     "eval-harness": harness_command,
 }
@@ -39,6 +41,7 @@ PURPOSES = SUBCOMMANDS | {
     "data": "Show what the model of a `grit fit` will see: rows, lengths, batches, and what is amiss.",
     "plan": "Say what a `grit fit` will take: memory by part, steps, checkpoint; with --measure its time.",
     "export": "Write a trained adapter for plain PEFT and transformers, or merge it into the model.",
+    "retain": "Undo what a trained adapter has forgotten, at a price for its task that is measured.",
     "prepare": "Download a task's data, check them, and write them into a folder.",
     "eval-harness": "Evaluate a trained adapter with EleutherAI's lm-evaluation-harness.",
 }

@@ -53,7 +53,8 @@ class RetentionResult:
         adapter: The adapter, to be written.
         front: Everything that was measured, by method and strength; first the unedited adapter, then the backbone.
         chosen: The point of the front that `adapter` is.
-        peers: The best point of every other method for the same target; None where no strength keeps to it.
+        peers: The best point of every other method for the same target (for as little forgetting, beside a `mu`); None where no
+            strength keeps to it.
         target: What was asked.
         maps: X `[r, r]` of every layer, by its name in the model.
         notes: Where everything came from, for the card and front.json.
@@ -145,7 +146,8 @@ def retain_adapter(
         general_weights: Weight of each source in the statistics and in the mean over held-out sets, 1 where it has none.
         beside: Further held-out rows, which are reported and do not steer.
         task_metric: A metric of the task besides its loss, for `task_tolerance`.
-        compare: Other methods to search for the same target, of `editing.METHODS`.
+        compare: Other methods to search for the same target, of `editing.METHODS`; beside a `mu`, for as little forgetting as
+            that leaves.
         method: The method that makes the adapter.
         damping: See `functional.retention_map`.
         batch_size: Rows at a time.
@@ -186,7 +188,8 @@ def retain_adapter(
         if chosen is None:
             raise _unmet(front, method, target)
         others = [name for name in compare if name != method]
-        peers = {} if target.kind == "mu" else {name: front.search(name, target, evaluations) for name in others}
+        level = Target("forgetting", chosen.general.change) if target.kind == "mu" else target
+        peers = {name: front.search(name, level, evaluations) for name in others}
         maps = front.maps(chosen)
         notes = {
             "adapter": opened.origin,

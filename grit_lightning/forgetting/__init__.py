@@ -5,11 +5,14 @@
     likelihood.py                        token sequences → log-likelihoods, over all processes
     without_trace.py                     evaluating in the middle of training without leaving a trace
     change.py                            two measurements → the change, with an interval
+    general_text.py, self_written.py     general text as rows, to take statistics from and to measure on
 
 When it is measured is up to `callbacks.ForgettingProbe`.
 """
 
+from grit_lightning.forgetting.general_text import GeneralRows, GeneralText, read_general
+from grit_lightning.forgetting.self_written import write_general
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.forgetting.zero_shot import ZeroShotTask
 
-__all__ = ["TextData", "ZeroShotTask"]
+__all__ = ["GeneralRows", "GeneralText", "TextData", "ZeroShotTask", "read_general", "write_general"]

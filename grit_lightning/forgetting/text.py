@@ -96,12 +96,7 @@ class TextData:
 
     def _joined(self, tokenizer: PreTrainedTokenizerBase, room: int) -> Iterator[list[int]]:
         """Yield full pieces of one stream, tokenising no more than is needed."""
-        stream: list[int] = []
-        for document in self._stream(tokenizer):
-            stream += document
-            full = len(stream) - len(stream) % room
-            yield from (stream[start : start + room] for start in range(0, full, room))
-            stream = stream[full:]
+        return full_pieces(self._stream(tokenizer), room)
 
     def _stream(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         if self.separator is not None:
@@ -173,6 +168,21 @@ class TextData:
     @property
     def _where(self) -> str:
         return f"Held-out text ({self.source})"
+
+
+def full_pieces(documents: Iterable[list[int]], room: int) -> Iterator[list[int]]:
+    """Cut one stream of documents into pieces of `room` tokens, taking no more documents than asked for; the rest is dropped.
+
+    Example:
+        >>> list(full_pieces([[1, 2, 3], [4, 5], [6, 7]], 2))
+        [[1, 2], [3, 4], [5, 6]]
+    """
+    stream: list[int] = []
+    for document in documents:
+        stream += document
+        full = len(stream) - len(stream) % room
+        yield from (stream[start : start + room] for start in range(0, full, room))
+        stream = stream[full:]
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

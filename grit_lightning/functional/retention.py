@@ -28,7 +28,8 @@ from torch import Tensor
 from grit_lightning.functional._common import check_not_negative, check_square, working
 
 _NEGLIGIBLE = 1e-12
-"""A task's factor that is zero stands as the identity times this part of general text's, so that there is a minimum at all."""
+"""What a direction counts at least that the task has said nothing in, as part of its factor's mean eigenvalue, or of general
+text's where all of the factor is zero: so that there is one minimum, and float64 finds it."""
 
 
 class RetentionBasis(NamedTuple):
@@ -58,6 +59,12 @@ class RetentionBasis(NamedTuple):
     def _filter(self, mu: float | Tensor) -> Tensor:
         if not isinstance(mu, Tensor):
             check_not_negative("mu", mu)
+        elif mu.shape not in ((), self.ratio.shape[:1]):
+            raise ValueError(f"mu: expected one number per layer {tuple(self.ratio.shape[:1])}, got {tuple(mu.shape)}")
+        elif mu.device.type == "cpu" and not bool(((mu >= 0.0) & mu.isfinite()).all()):  # elsewhere the host would wait
+            raise ValueError(
+                f"mu: expected finite numbers ≥ 0, got some between {float(mu.min())} and {float(mu.max())}"
+            )
         strength = torch.as_tensor(mu, dtype=self.ratio.dtype, device=self.ratio.device).reshape(-1, 1, 1)
         return 1.0 / (1.0 + strength * self.ratio)
 
@@ -95,7 +102,7 @@ def retention_map(
         general_g: G_p = Σ_g on general text `[L, r, r]`.
         mu: μ ≥ 0, what a nat of general text is worth in nats of the task, per token of each; one for all layers, or `[L]`.
         damping: Part of its mean eigenvalue that is added to each task factor, so that directions in which the task has said
-            nothing are not noise divided by noise. 0 is exactly gauge covariant, and for factors of full rank only.
+            nothing are not noise divided by noise. At 0 the map of factors of full rank is exactly gauge covariant.
 
     Returns:
         X `[L, r, r]`, in the dtype of the factors (float32 or better); computed in float64.
@@ -148,7 +155,7 @@ def _simultaneous(task: Tensor, general: Tensor, damping: float) -> tuple[Tensor
     scale, others = _mean_eigenvalue(task), _mean_eigenvalue(general)
     ridge = torch.where(scale > 0, damping * scale, torch.where(others > 0, _NEGLIGIBLE * others, 1.0))
     values, vectors = torch.linalg.eigh(task)
-    root = (values.clamp(min=0.0) + ridge.squeeze(-1)).clamp(min=torch.finfo(task.dtype).tiny).sqrt()
+    root = (torch.maximum(values, _NEGLIGIBLE * scale.squeeze(-1)) + ridge.squeeze(-1)).sqrt()
     whitener = vectors / root.unsqueeze(-2)
     ratio, rotation = torch.linalg.eigh(whitener.mT @ general @ whitener)
     return whitener @ rotation, rotation.mT @ (vectors * root.unsqueeze(-2)).mT, ratio.clamp(min=0.0)

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("ewc", "lalora_diag", "lalora_kfac")
+NAMES = ("ewc", "lalora_diag", "lalora_kfac", "change_kfac")
 STRENGTH = 0.7
 BLOCKS = [torch.randint(4, 260, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
 
@@ -67,8 +67,8 @@ def _assert_gradient_of(penalty: Tensor, model: PeftModel, added: list[Tensor]) 
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def _tokens(model: PeftModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """For each predicting token of the blocks, (a, s·δ) of every layer; δ by perturbing the layer's output."""
+def _tokens(model: PeftModel) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """For each predicting token of the blocks, (a, s·δ, x) of every layer; δ by perturbing the layer's output."""
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
     for block in BLOCKS:
         inputs: list[Tensor] = []
@@ -84,9 +84,9 @@ def _tokens(model: PeftModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
         for handle in handles:
             handle.remove()
         pairs = zip(layers, inputs, deltas, strict=True)
-        rows = [(x @ m.lora_A["default"].weight.detach().T, m.scaling["default"] * d[0]) for m, x, d in pairs]
+        rows = [(x @ m.lora_A["default"].weight.detach().T, m.scaling["default"] * d[0], x) for m, x, d in pairs]
         for t in range(len(block) - 1):
-            yield [(a[t], delta[t]) for a, delta in rows]
+            yield [(a[t], delta[t], x[t]) for a, delta, x in rows]
 
 
 def test_replay_adds_a_batch_of_general_text_to_every_fifth_step(peers: ModuleType, start: PeftModel) -> None:
@@ -154,6 +154,20 @@ def test_lalora_kfac_holds_b_by_a_kronecker_product_of_two_covariances(
         s = sum(torch.outer(token[layer][0], token[layer][0]) for token in tokens) / len(tokens)
         g = sum(torch.outer(token[layer][1], token[layer][1]) for token in tokens) / len(tokens)
         penalty = penalty + 0.5 * STRENGTH * b.flatten() @ torch.kron(g, s) @ b.flatten()
+    _assert_gradient_of(penalty, start, _added(start, peer))
+
+
+def test_kfac_of_the_change_holds_both_factors_by_what_their_product_does(
+    peers: ModuleType, start: PeftModel, randomize: Callable[..., Any]
+) -> None:
+    tokens = list(_tokens(start))
+    peer = peers.PEERS["change_kfac"](start, None, Path(), STRENGTH, 0)
+    randomize(start).double()
+    penalty = torch.zeros((), dtype=torch.float64)
+    for layer, (a, b) in enumerate(_factors(start)):
+        s = sum(torch.outer(token[layer][2], token[layer][2]) for token in tokens) / len(tokens)
+        g = sum(torch.outer(token[layer][1], token[layer][1]) for token in tokens) / len(tokens)
+        penalty = penalty + 0.5 * STRENGTH * torch.trace((b @ a).T @ g @ (b @ a) @ s)
     _assert_gradient_of(penalty, start, _added(start, peer))
 
 

@@ -39,10 +39,14 @@ WRONG = {
     "export --output b": "the following arguments are required: --ckpt_path",
     "export --output b --ckpt_path no.ckpt": "--ckpt_path: expected a checkpoint, got no.ckpt, which does not exist.",
     "export --output b --ckpt_path last": "--ckpt_path last: expected --output or --config to name the run, got neither.",
+    "retain --adapter a --output b --mu 1": "--general: expected a file, folder or hub id of general text",
+    "retain --adapter a --output b --general c": "expected exactly one of --task_tolerance, --forgetting, --mu",
+    "retain --adapter a --output b --general c --mu 1 --config demo": "--adapter: expected a folder with adapter_config.json",
+    "retain --ckpt_path no.ckpt --output b --general c --mu 1": "--ckpt_path: expected a checkpoint, got no.ckpt",
     "prepare --task gsm": "--task: expected one of alpaca, boolq, dolly, gsm8k, imdb, qnli, got 'gsm'. Did you mean `gsm8k`?",
     "eval-harness --adapter a --task b": "--task: there is no such option. Did you mean `--tasks`?",
 }
-SHOWN = ("--help", "--version", "export --help", "prepare --help", "eval-harness --help")
+SHOWN = ("--help", "--version", "export --help", "retain --help", "prepare --help", "eval-harness --help")
 
 WITHOUT_TORCH = """
 import contextlib, io, json, shlex, sys
@@ -98,7 +102,7 @@ def test_help_lists_all_subcommands_and_all_shipped_configurations_in_whole_sent
     shown = capsys.readouterr().out
     assert shown == overview()
     assert set(GritCLI.subcommands()) < set(PURPOSES)
-    assert len(PURPOSES) == 9
+    assert len(PURPOSES) == 10
     words = shown.replace(",", " ").split()
     assert {*PURPOSES, *shipped_configs()} <= set(words)
     assert all(purpose.endswith(".") for purpose in PURPOSES.values())

@@ -200,3 +200,12 @@ def test_what_is_no_adapter_is_refused(retain: Retain, tmp_path: Path) -> None:
         retain(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=r"--adapter: .* no adapter_config.json"):
         retain(tmp_path)
+
+
+def test_beside_a_strength_others_are_searched_for_as_little_forgetting(retain: Retain, adapter_dir: Path) -> None:
+    result = retain(adapter_dir, mu=0.1)
+    scaled = result.peers["scaling"]
+    assert result.mu == 0.1
+    assert scaled is not None
+    assert scaled.general.change <= result.chosen.general.change
+    assert scaled.task.change > result.chosen.task.change

@@ -225,7 +225,7 @@ def test_a_file_that_an_installed_package_carries(tmp_path: Path, monkeypatch: p
     text = TextData("pypi:carrying/data/news.jsonl", column="document")
     assert list(text.texts()) == ["first", "second"]
     assert text.label == "news"
-    with pytest.raises(FileNotFoundError, match="'data/old.jsonl', which it does not have"):
+    with pytest.raises(FileNotFoundError, match=r"'data/old\.jsonl', which it does not have"):
         list(TextData("pypi:carrying/data/old.jsonl").texts())
     with pytest.raises(ModuleNotFoundError, match="no 'missing'"):
         list(TextData("pypi:missing/data/news.jsonl").texts())

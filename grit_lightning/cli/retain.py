@@ -1,0 +1,214 @@
+"""`grit retain`: a trained adapter taken back towards what its backbone knew, at a price for the task that is measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grit_lightning.cli.retain_words import SELF, TARGETS, backbone_words, check_words, output_folder, retain_parser
+from grit_lightning.cli.run_words import settle
+from grit_lightning.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grit_lightning.cli.retain_rows import TaskRows
+    from grit_lightning.cli.retain_text import Doing
+    from grit_lightning.cli.settings_only import SettingsCLI
+    from grit_lightning.export.retention import RetentionResult
+    from grit_lightning.forgetting.general_text import GeneralRows, GeneralText
+
+# Everything that needs torch is imported where it is used: help and errors in the words can do without it.
+
+
+def retain_command(words: Sequence[str]) -> None:
+    """Run `grit retain` with these command-line words."""
+    parser = retain_parser()
+    own, rest = parser.split(words)
+    check_words(parser, own)
+    output = output_folder(own)
+    if own.adapter is not None:
+        backbone = backbone_words(own.adapter, own.backbone)  # what is wrong with the folder is said before the data
+        settled = [*settle("fit", rest), *backbone]
+    else:
+        settled = settle("fit", [*rest, f"--ckpt_path={own.ckpt_path}"])
+        settled += [f"--model.backbone={own.backbone}"] if own.backbone else []
+
+    from grit_lightning.cli.retain_text import Doing, console_for, print_front, verdict
+
+    console = console_for(stderr=own.json)
+    with Doing(console).shown() as doing:
+        result, sources = _retained(own, settled, doing)
+        _write(result, output)
+    if own.json:
+        sys.stdout.write(json.dumps(_plain(result, output), indent=2) + "\n")
+        return
+    print_front(console, result, sources)
+    console.print(f"\n{verdict(result)}", soft_wrap=True, markup=False)
+    console.print(
+        f"\n{own.output}: the adapter, README.md, front.json and front.png. Plain PEFT loads it:", soft_wrap=True
+    )
+    console.print(_how_to_load(result, own.output), soft_wrap=True, markup=False)
+
+
+def _retained(own: argparse.Namespace, words: Sequence[str], doing: Doing) -> tuple[RetentionResult, list[str]]:
+    """Read everything, and edit the adapter; nothing is written."""
+    from grit_lightning.cli.settings_only import SettingsCLI
+    from grit_lightning.export.retention import retain_adapter
+
+    peers = _peers(own.compare)
+    cli = SettingsCLI(words)
+    seed = int(cli.config["fit"].seed_everything)
+    task = _task(own, cli, seed)
+    backbone, general = _general(own, cli, seed, doing)
+    for remark in [*task.remarks, *(f"{name}: {rows.remark}" for name, rows in general.items())]:
+        doing.say(remark)
+    result = retain_adapter(
+        own.adapter or cli.config["fit"].ckpt_path,
+        task.calibration,
+        {name: rows.calibration for name, rows in general.items()},
+        task.held_out,
+        {name: rows.held_out for name, rows in general.items()},
+        **{name: getattr(own, name) for name in TARGETS},
+        backbone=backbone,
+        general_weights={name: rows.weight for name, rows in general.items()},
+        task_metric=task.metric,
+        compare=peers,
+        batch_size=own.batch_size,
+        progress=doing,
+    )
+    return result, list(general)
+
+
+def _write(result: RetentionResult, output: Path) -> None:
+    """Write the folder; one that is there already is put aside, and comes back if that fails."""
+    if not output.is_dir() or not any(output.iterdir()):
+        result.save(output)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
+        before = output.rename(Path(aside) / output.name)
+        try:
+            result.save(output)
+        except BaseException:
+            before.rename(output)
+            raise
+
+
+def _peers(named: Sequence[str]) -> list[str]:
+    """Return the methods to measure beside ours: scaling, and those that are asked for."""
+    from grit_lightning.editing import METHODS
+    from grit_lightning.errors import did_you_mean
+
+    others = list(METHODS)[1:]
+    if unknown := [name for name in named if name not in (*others, "all")]:
+        raise InvalidValueError(
+            f"--compare: expected one of {', '.join(others)}, or all, got {unknown[0]!r}.{did_you_mean(unknown[0], others)}"
+        )
+    return others if "all" in named else list(dict.fromkeys(["scaling", *named]))
+
+
+def _task(own: argparse.Namespace, cli: SettingsCLI, seed: int) -> TaskRows:
+    from grit_lightning.backbones.inputs import context_length
+    from grit_lightning.backbones.shapes import empty_backbone
+    from grit_lightning.cli.retain_rows import task_rows
+    from grit_lightning.module import GritLitModule
+    from grit_lightning.preflight import require_data_fits
+
+    module = cli.model
+    if not isinstance(module, GritLitModule):
+        raise InvalidValueError(f"model: expected a GritLitModule, got a {type(module).__name__}.")
+    cli.datamodule.trainer = cli.trainer
+    shapes = empty_backbone(**module.backbone_options)
+    context = context_length(shapes)
+    if context is not None and own.block_size > context:
+        raise InvalidValueError(
+            f"--block_size: expected at most the {context} tokens of the model's context, got {own.block_size}. Lower it."
+        )
+    require_data_fits(shapes, cli.datamodule)
+    settings = module.answer_evaluations.settings
+    rows = task_rows(
+        cli.datamodule, own.calibration_rows, own.held_out_rows, seed, own.task_metric, settings, own.batch_size
+    )
+    require_data_fits(shapes, cli.datamodule)  # its longest row may be known only now
+    return rows
+
+
+def _general(
+    own: argparse.Namespace, cli: SettingsCLI, seed: int, doing: Doing
+) -> tuple[PreTrainedModel, dict[str, GeneralRows]]:
+    """Read general text, load the backbone, and have it write its own text if that is asked for."""
+    import torch
+
+    from grit_lightning.backbones.loading import load_backbone
+    from grit_lightning.forgetting.general_text import GeneralText, read_general
+
+    sources = [GeneralText.parse(words) for words in own.general]
+    tokenizer = _tokenizer(cli)
+    texts = [source for source in sources if source.source != SELF]
+    written = [source for source in sources if source.source == SELF]
+    sizes = {"block_size": own.block_size, "calibration": own.calibration_blocks, "held_out": own.held_out_blocks}
+    general = read_general(texts, tokenizer, **sizes, seed=seed)
+    options = {**cli.model.backbone_options, "gradient_checkpointing": False}
+    backbone = load_backbone(**options)
+    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if backbone.device != torch.device(device):
+        backbone.to(device)
+    if written:
+        general[SELF] = _self_written(own, written[0], backbone, tokenizer, seed, doing)
+    return backbone, general
+
+
+def _self_written(
+    own: argparse.Namespace, source: GeneralText, backbone: PreTrainedModel, tokenizer: Any, seed: int, doing: Doing
+) -> GeneralRows:
+    from grit_lightning.forgetting.general_text import GeneralRows
+    from grit_lightning.forgetting.self_written import write_general
+
+    sides = [
+        write_general(
+            backbone,
+            tokenizer,
+            count,
+            block_size=own.block_size,
+            batch_size=max(own.batch_size, 16),  # nothing is kept for a backward pass
+            seed=seed + number,
+            progress=lambda _, done, total, name=name: doing(name, done, total),  # type: ignore[misc]
+        )
+        for number, (name, count) in enumerate(
+            {"text of its own": own.calibration_blocks, "text of its own, held out": own.held_out_blocks}.items()
+        )
+    ]
+    talks = sum(row["learnt"][0] > 1 for row in sides[0])
+    remark = f"{len(sides[0])} rows that the base model has written ({talks} conversations), {len(sides[1])} held out"
+    return GeneralRows(sides[0], sides[1], source.weight, remark)
+
+
+def _tokenizer(cli: SettingsCLI) -> Any:
+    from grit_lightning.backbones.loading import load_tokenizer
+    from grit_lightning.evaluation.datamodule_protocols import HasTokenizer, tasks_of
+
+    task = next(iter(tasks_of(cli.datamodule).values()))
+    if isinstance(task, HasTokenizer):
+        return task.tokenizer
+    return load_tokenizer(cli.config["fit"].tokenizer or cli.model.backbone_options["source"])
+
+
+def _plain(result: RetentionResult, output: Path) -> dict[str, Any]:
+    from grit_lightning.runs.values import jsonable
+
+    plain = jsonable({"output": str(output), **result.to_dict()})
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _how_to_load(result: RetentionResult, output: str) -> str:
+    from grit_lightning.backbones.sources import resolve_source
+    from grit_lightning.export.card import load_adapter_code
+
+    named = str(result.notes["backbone"])
+    return "\n".join(f"    {line}" for line in load_adapter_code(resolve_source(named), output).splitlines())
