@@ -214,8 +214,8 @@ class Retention(GeometryCallback):
         Raises:
             MisconfigurationException: If there is no geometry or PEFT model, weights are averaged while they are edited, or
                 there is nothing to measure a tolerance on.
-            ValueError: If blocks are longer than the model's context, there are too few tokens for the rank, the checkpoint's
-                estimate is of other text, or the optimizer's state cannot follow an edit.
+            ValueError: If blocks are longer than the model's context, their tokens are not the model's or too few for the rank,
+                the checkpoint's estimate is of other text, or the optimizer's state cannot follow an edit.
         """
         super().on_fit_start(trainer, pl_module)
         assert self._text is not None
@@ -223,6 +223,7 @@ class Retention(GeometryCallback):
         require_context(model, self.block_size, "a block of text", "Retention.block_size")
         self._stop_listening(pl_module)  # to an earlier fit, if that has failed
         self._text.go_to(0)
+        self._text.require_known(model.get_input_embeddings().num_embeddings, "Retention.tokenizer")
         self._text.require_tokens(TOKENS_PER_RANK * max(group.r for group in geometry.groups), "Retention.texts")
         estimate = geometry.beside(model, GeometryConfig(ema_beta=self.ema_beta))
         self._general = GeneralStatistics(

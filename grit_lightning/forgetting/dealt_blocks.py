@@ -84,6 +84,23 @@ class DealtBlocks:
                 f"{self.tokens}. Use more text, or raise max_blocks or block_size."
             )
 
+    def require_known(self, vocabulary: int, settings: str) -> None:
+        """Check that the tokens are a model's.
+
+        Args:
+            vocabulary: Number of tokens that the model knows.
+            settings: What to change if it does not know one.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        largest = max(max(sequence.ids) for text in self.texts for sequence in text.sequences)
+        if largest >= vocabulary:
+            raise InvalidValueError(
+                f"{settings}: expected that of the backbone, whose token ids are below {vocabulary}, got one with {largest}. "
+                "Leave it out, or name the backbone's."
+            )
+
     def shared_with(self, other: TextBlocks) -> int:
         """Count the blocks of another text that have `WINDOW` tokens in a row (or all of theirs) in common with this one."""
         return sum(self._contains(sequence.ids) for sequence in other.sequences)

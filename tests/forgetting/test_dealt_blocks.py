@@ -69,3 +69,11 @@ def test_fewer_tokens_than_needed_are_refused_with_their_number() -> None:
     with pytest.raises(ValueError, match=r"Retention\.texts: expected at least 121 tokens .*, got 120\. Use more text"):
         DealtBlocks([text("a", 0)]).require_tokens(121, "Retention.texts")
     DealtBlocks([text("a", 0)]).require_tokens(120, "Retention.texts")
+
+
+def test_tokens_of_another_vocabulary_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"Retention\.tokenizer: expected that of the backbone, .* below 119, got .* 119"
+    ):
+        DealtBlocks([text("a", 0)]).require_known(119, "Retention.tokenizer")
+    DealtBlocks([text("a", 0)]).require_known(120, "Retention.tokenizer")

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from grit_lightning.callbacks import ForgettingProbe, Retention
+from grit_lightning.module import GritLitModule
 
 Factory = Callable[..., Any]
 ONE: list[Any] = [{"source": "a.txt"}]
@@ -78,6 +79,14 @@ def test_text_that_cannot_be_used(
 ) -> None:
     with pytest.raises(error, match=message):
         make_trainer(callbacks=[retention(**settings)], max_steps=1).fit(quick_module(), loader(2))
+
+
+def test_text_in_the_tokens_of_another_model(
+    make_tiny_llama: Factory, lora_config: Factory, loader: Factory, make_trainer: Factory, retention: Factory
+) -> None:
+    module = GritLitModule(make_tiny_llama(vocab_size=50), lora_config())
+    with pytest.raises(ValueError, match=r"Retention\.tokenizer: expected that of the backbone"):
+        make_trainer(callbacks=[retention()], max_steps=1).fit(module, loader(2))
 
 
 def test_a_module_without_geometry(
