@@ -7,6 +7,7 @@ from grit_lightning.callbacks.generation_writer import GenerationWriter
 from grit_lightning.callbacks.progress import GeometryProgressBar, ProgressLines
 from grit_lightning.callbacks.rank_adaptation import RankAdaptation
 from grit_lightning.callbacks.reprojection import Reprojection
+from grit_lightning.callbacks.retention import Retention
 from grit_lightning.callbacks.run_length import RunLength
 from grit_lightning.callbacks.run_record import RunRecord
 from grit_lightning.callbacks.spectra import SpectraLogger
@@ -22,6 +23,7 @@ __all__ = [
     "ProgressLines",
     "RankAdaptation",
     "Reprojection",
+    "Retention",
     "RunLength",
     "RunRecord",
     "SpectraLogger",

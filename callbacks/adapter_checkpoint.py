@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -15,7 +17,7 @@ from torch import Tensor
 from grit_lightning.checkpoints.atomic_io import make_atomic
 from grit_lightning.checkpoints.reading import read_checkpoint
 from grit_lightning.errors import require
-from grit_lightning.runs.atomic import point_to
+from grit_lightning.runs.atomic import point_to, write_file
 from grit_lightning.runs.metrics_log import JSONLinesLogger
 from grit_lightning.runs.signals import slurm_job
 from grit_lightning.runs.writing import is_dev_run
@@ -105,6 +107,20 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Save this step, due or not; call it on all processes, at the end of a step."""
         if self._saved_step != trainer.global_step and not is_dev_run(trainer):
             self._save(trainer)
+
+    def save_again(self, trainer: pl.Trainer) -> None:
+        """Save this step anew, after a change of the weights that belongs to it; call it on all processes."""
+        if not is_dev_run(trainer):
+            self._save(trainer)
+
+    def keep_copy(self, trainer: pl.Trainer, name: str) -> None:
+        """Keep this step under another name too, from which nothing will remove it; call it on all processes."""
+        self.save_unless_saved(trainer)
+        folder = Path(str(self.dirpath))
+        if trainer.is_global_zero and not is_dev_run(trainer):
+            with (folder / self._kept[-1]).open("rb") as saved:
+                write_file(folder / name, partial(shutil.copyfileobj, saved))
+        trainer.strategy.barrier("AdapterCheckpoint")
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Write, link, and only then remove old files. All processes take part."""

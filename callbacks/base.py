@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -120,7 +120,7 @@ class GeometryCallback(ScheduledCallback):
         changes_coordinates: Whether it puts the factors A and B into other coordinates.
     """
 
-    changes_coordinates: ClassVar[bool] = False
+    changes_coordinates: bool = False
     """Whether the optimizer's state has to follow what it does to the factors."""
 
     @abstractmethod

@@ -7,16 +7,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from grit_lightning.backbones.inputs import context_length, require_context
-from grit_lightning.backbones.loading import load_tokenizer
 from grit_lightning.callbacks.base import ScheduledCallback
 from grit_lightning.callbacks.event_log import EventLog
+from grit_lightning.callbacks.lookup import peft_model_of, tokenizer_for
 from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.forgetting.change import mean_change
 from grit_lightning.forgetting.held_out import HeldOutSet, TextBlocks
@@ -26,6 +23,7 @@ from grit_lightning.forgetting.without_trace import adapter_off, evaluating_with
 from grit_lightning.forgetting.zero_shot import ZeroShotTask
 from grit_lightning.runs.writing import is_dev_run
 
+OWNER = "ForgettingProbe"  # of the settings, in messages
 FILENAME = "forgetting.jsonl"
 BACKBONE_TOLERANCE = 1e-3
 """Nats per token by which the loss without adapter may move: after a resume, another machine may round differently."""
@@ -126,7 +124,7 @@ class ForgettingProbe(ScheduledCallback):
         if stage != "fit" or trainer.barebones:
             return
         dev_run = is_dev_run(trainer)
-        tokenizer = self._tokenizer(trainer, pl_module)
+        tokenizer = tokenizer_for(OWNER, self.tokenizer, trainer, pl_module)
         blocks = min(self.batch_size, self.max_blocks or self.batch_size) if dev_run else self.max_blocks
         texts = [text.read(tokenizer, self.block_size, blocks) for text in self.texts]
         questions = [task.read(tokenizer, self.batch_size if dev_run else None) for task in self.zero_shot]
@@ -141,7 +139,7 @@ class ForgettingProbe(ScheduledCallback):
             MisconfigurationException: If the module has no PEFT model, so that there is no adapter to switch off.
             ValueError: If blocks are longer than the model's context.
         """
-        model = _peft_model(pl_module)
+        model = peft_model_of(OWNER, pl_module)
         if self.texts:
             require_context(model, self.block_size, "a block of text", "ForgettingProbe.block_size")
         if (context := context_length(model)) is not None:
@@ -209,6 +207,11 @@ class ForgettingProbe(ScheduledCallback):
 
     # Results.
 
+    @property
+    def text_blocks(self) -> list[TextBlocks]:
+        """The texts as they are measured, known from `setup` on."""
+        return [held_out for held_out in self._sets if isinstance(held_out, TextBlocks)]
+
     def report(self) -> dict[str, Any]:
         """Return results for summary.json, by data set: its size and, for each metric, what `_row` says."""
         if not self._before and not self._after:
@@ -253,7 +256,7 @@ class ForgettingProbe(ScheduledCallback):
         if not sets:
             return {}
         model: Any = trainer.strategy.model  # as the strategy has wrapped it
-        switch = adapter_off(_peft_model(pl_module)) if without_adapter else nullcontext()
+        switch = adapter_off(peft_model_of(OWNER, pl_module)) if without_adapter else nullcontext()
         scores = {}
         with evaluating_without_trace(model, pl_module.device), switch, trainer.precision_plugin.forward_context():
             for held_out in sets:
@@ -280,30 +283,6 @@ class ForgettingProbe(ScheduledCallback):
             logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # Lightning's loggers count from 0
         head = {"step": trainer.global_step, "when": when, "adapter": not without_adapter}
         self._log_events(_lines(head, sets, scores))
-
-    def _tokenizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PreTrainedTokenizerBase:
-        if self.tokenizer is not None:
-            return load_tokenizer(self.tokenizer)
-        given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if isinstance(given, PreTrainedTokenizerBase):
-            return given
-        backbone = getattr(pl_module, "backbone_options", {}).get("source")
-        if not isinstance(backbone, str):
-            raise MisconfigurationException(
-                "ForgettingProbe.tokenizer: expected a tokenizer here or from the data module or backbone, got none. Set "
-                "it to a hub id or folder."
-            )
-        return load_tokenizer(backbone)
-
-
-def _peft_model(pl_module: pl.LightningModule) -> PeftModel:
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, PeftModel):
-        raise MisconfigurationException(
-            f"ForgettingProbe: expected {type(pl_module).__name__}.model to be a PEFT model, whose adapter can be switched "
-            f"off, got {type(model).__name__}. Use a GritLitModule, or remove the callback."
-        )
-    return model
 
 
 def _mean(held_out: HeldOutSet, metric: str, scores: Tensor | None) -> float | None:

@@ -31,6 +31,7 @@ TITLES = {
     "models": "Other models, to lay over a task",
     "paper": "The paper's runs",
     "probes": "Probes, to lay over another configuration",
+    "retention": "Retention, to lay over another configuration",
     "shared": "What those share, to extend",
     "strategy": "Several processes, to lay over another configuration",
 }

@@ -10,6 +10,7 @@ from grit_lightning.functional.carry import (
     gradient_maps,
 )
 from grit_lightning.functional.covariance import accumulate, covariance, finite_layers, masked_gram, symmetrize
+from grit_lightning.functional.exposure import exposure_gradients
 from grit_lightning.functional.global_rank import global_budget_rank, global_energy_rank
 from grit_lightning.functional.preconditioning import (
     DampedInverse,
@@ -98,6 +99,7 @@ __all__ = [
     "energy_rank",
     "energy_rank_with_hysteresis",
     "entropy_floor_rank",
+    "exposure_gradients",
     "finite_layers",
     "finite_or_raw",
     "first_order_change",

@@ -52,8 +52,8 @@ class CoordinateChange:
         self._falling = (group.ranks > self._wanted) | masked
         self._rising = (group.ranks < self._wanted) & ~masked
 
-    def apply(self, rule: F.MapsRule, blend: float, optimizer: Optimizer | None) -> None:
-        """Transform weights, statistics and moments; set the ranks if the projection is full (blend 1)."""
+    def apply(self, rule: F.MapsRule, blend: float, optimizer: Optimizer | None) -> F.ReprojectionMaps:
+        """Transform weights, statistics and moments; set the ranks if the projection is full (blend 1). Return the maps."""
         group, maps = self._group, self._maps(rule)
         if blend == 1.0:
             group.ranks = torch.where(self._enough.cpu(), self._wanted, group.ranks)
@@ -68,12 +68,13 @@ class CoordinateChange:
         group.statistics.change_coordinates(maps)
         if optimizer is not None:
             carry_optimizer_state(optimizer, group, maps)
+        return maps
 
     def _maps(self, rule: F.MapsRule) -> F.ReprojectionMaps:
         group, enough = self._group, self._enough
         seen_g = group.statistics.total.g.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         moving = enough & self._falling.to(group.device) if self._only_where_needed else enough
-        maps = _where(moving, rule(group.a_cov, group.g_cov, self._kept.to(group.device), enough & seen_g))
+        maps = _where(moving, rule(group.a_cov, group.judged_g_cov, self._kept.to(group.device), enough & seen_g))
         if self._only_where_needed and bool(self._rising.any()):
             regrowth = F.regrowth(group.a_cov, group.statistics.gradient_gram, group.ranks.to(group.device))
             maps = _where(enough & self._rising.to(group.device), regrowth.maps, maps)

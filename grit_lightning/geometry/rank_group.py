@@ -44,6 +44,7 @@ class RankGroup:
         quantization_noise: `[L]` relative squared error of the quantised base layers, once it has been measured.
         last_step_preconditioned: Whether the optimizer was last handed preconditioned gradients, so that its moments
             average those.
+        judged_by: Returns the Σ_g `[L, r, r]` by which directions are put in order, where it is another than the measured one.
     """
 
     def __init__(self, sites: Sequence[LoraSite]) -> None:
@@ -58,6 +59,7 @@ class RankGroup:
         self.calls = [0] * layers
         self.quantization_noise: Tensor | None = None
         self.last_step_preconditioned = False
+        self.judged_by: Callable[[], Tensor] | None = None
 
     # Reading.
 
@@ -75,6 +77,11 @@ class RankGroup:
     def g_cov(self) -> Tensor:
         """Σ_g, the current estimate `[L, r, r]`."""
         return F.covariance(self.statistics.total.g, self.statistics.total.weight)
+
+    @property
+    def judged_g_cov(self) -> Tensor:
+        """The Σ_g `[L, r, r]` by which reprojection and ranks put directions in order."""
+        return self.g_cov if self.judged_by is None else self.judged_by()
 
     @property
     def kept(self) -> Tensor:

@@ -86,7 +86,7 @@ class RankSelector:
     def _layer_spectra(self, geometry: RankSpaceGeometry, enough: Tensor) -> LayerSpectra:
         """Gather spectra and bounds; what the rule does not measure of dropped directions is as it was at the drop."""
         groups, widest = geometry.groups, max(group.r for group in geometry.groups)
-        spectra = [self.rule.spectrum(group.a_cov.cpu(), group.g_cov.cpu()) for group in groups]
+        spectra = [self.rule.spectrum(group.a_cov.cpu(), group.judged_g_cov.cpu()) for group in groups]
         values = torch.cat([pad(spectrum, (0, widest - spectrum.shape[-1])) for spectrum in spectra])
         current = torch.cat([group.ranks for group in groups])
         if not self.rule.measures_dropped:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class RankSpaceGeometry:
     Args:
         model: PEFT model with one active LoRA adapter.
         config: Settings.
+        sites: The layers to follow, if they are known; None finds them.
 
     Attributes:
         groups: The layers that it follows, by rank.
@@ -97,12 +99,13 @@ class RankSpaceGeometry:
         ValueError: If the model has no plain linear LoRA layer.
     """
 
-    def __init__(self, model: nn.Module, config: GeometryConfig) -> None:
+    def __init__(self, model: nn.Module, config: GeometryConfig, sites: Iterable[LoraSite] | None = None) -> None:
         """Find the layers and register the hooks."""
         self.config = config
         self.stopwatch = Stopwatch()
         self.left_out: list[LoraSite] = []
-        self._listen_to(find_lora_sites(model))
+        self._companions: list[RankSpaceGeometry] = []
+        self._listen_to(find_lora_sites(model) if sites is None else sites)
         self.reprojection_count = 0
         self.compute_bases = False  # set by optimizers that need eigenbases
         self.trainable_parameters = count_trainable(model)
@@ -131,6 +134,25 @@ class RankSpaceGeometry:
         self._capture.detach()
         self.left_out += [site for site in sites if site.name in names]
         self._listen_to(site for site in sites if site.name not in names)
+
+    def beside(self, model: nn.Module, config: GeometryConfig) -> RankSpaceGeometry:
+        """Return a second estimate of the same layers, for other data: its statistics follow every change of coordinates here.
+
+        Feed it with `start_micro_batch`, `finish_micro_batch` and `finish_window`; it never touches a gradient or a weight.
+
+        Args:
+            model: As above.
+            config: Settings of the second estimate.
+        """
+        other = RankSpaceGeometry(model, config, [site for group in self.groups for site in group.sites])
+        other.to(self.groups[0].device)
+        self._companions.append(other)
+        return other
+
+    def release(self, other: RankSpaceGeometry) -> None:
+        """Forget an estimate that `beside` returned, if it is not forgotten yet, and remove its hooks."""
+        self._companions = [companion for companion in self._companions if companion is not other]
+        other.detach()
 
     # Reading.
 
@@ -214,6 +236,15 @@ class RankSpaceGeometry:
         self._window_micro_batches = 0
 
     @torch.no_grad()
+    def finish_window(self) -> None:
+        """Take the accumulation window into this process's own sums, as the statistics of one optimizer step."""
+        for group in self.groups:
+            group.finish_window(self.config.decay)
+        self._window_micro_batches = 0
+        self._windows_since_reduce += 1
+        self._steps += 1
+
+    @torch.no_grad()
     def reduce(self) -> None:
         """Sum what this process has gathered over all processes into the running estimate.
 
@@ -254,11 +285,7 @@ class RankSpaceGeometry:
             RuntimeError: At the first refresh, if a layer has sent no statistics; the message names the layers.
         """
         with self.stopwatch("precondition"):
-            for group in self.groups:
-                group.finish_window(self.config.decay)
-            self._window_micro_batches = 0
-            self._windows_since_reduce += 1
-            self._steps += 1
+            self.finish_window()
             if process_count() == 1 or self.refresh_due:
                 self.reduce()
             if self.refresh_due:
@@ -333,8 +360,24 @@ class RankSpaceGeometry:
         Raises:
             ValueError: If a rank is not in 1 … r, or the optimizer cannot follow, see `require_followable`.
         """
-        self._change_coordinates(maps, ranks or {}, blend, optimizer)
+        self._change_coordinates(repeat(maps), ranks or {}, blend, optimizer)
         self.reprojection_count += 1
+
+    @torch.no_grad()
+    def edit(self, maps: Sequence[Tensor], *, optimizer: Optimizer | None = None) -> None:
+        """Change the adapter's function: B ← B X for every layer with enough samples.
+
+        Statistics and moments follow as through a reprojection with maps I and X, that is for unchanged output gradients: right
+        up to the change of the gradients that the edit itself causes.
+
+        Args:
+            maps: X `[L, r, r]` for each of `groups`, in their order; it mixes nothing beyond a reduced rank with what is below.
+            optimizer: Its moments of A and B are carried along.
+
+        Raises:
+            ValueError: If the optimizer cannot follow, see `require_followable`.
+        """
+        self._change_coordinates([_rule_of(x) for x in maps], {}, 1.0, optimizer)
 
     @torch.no_grad()
     def set_ranks(
@@ -361,7 +404,9 @@ class RankSpaceGeometry:
             ValueError: If a rank is not in 1 … r, or the optimizer cannot follow, see `require_followable`.
         """
         if masked_coordinate or any(self.layers[name].rank != rank for name, rank in ranks.items()):
-            self._change_coordinates(maps, ranks, 1.0, optimizer, masked_coordinate or {}, only_where_needed=True)
+            self._change_coordinates(
+                repeat(maps), ranks, 1.0, optimizer, masked_coordinate or {}, only_where_needed=True
+            )
 
     @torch.no_grad()
     def hold_ranks(self) -> None:
@@ -381,7 +426,7 @@ class RankSpaceGeometry:
 
     def _change_coordinates(
         self,
-        maps: F.MapsRule,
+        rules: Iterable[F.MapsRule],
         ranks: Mapping[str, int],
         blend: float,
         optimizer: Optimizer | None,
@@ -392,12 +437,15 @@ class RankSpaceGeometry:
         if optimizer is not None:
             require_followable(optimizer)
         with self.stopwatch("reprojection"):
-            self.reduce()
-            for group in self.groups:
+            for geometry in (self, *self._companions):
+                geometry.reduce()
+            for index, (group, rule) in enumerate(zip(self.groups, rules, strict=False)):
                 change = CoordinateChange(
                     group, ranks, masked_coordinate or {}, self.has_enough_samples(group), only_where_needed
                 )
-                change.apply(maps, blend, optimizer)
+                maps = change.apply(rule, blend, optimizer)
+                for other in self._companions:
+                    other.groups[index].statistics.change_coordinates(maps)
             if self._steps >= self.config.kfac_update_freq:
                 self.refresh()
 
@@ -462,3 +510,9 @@ class RankSpaceGeometry:
     def __iter__(self) -> Iterator[LayerView]:
         """Iterate over the layers' views."""
         return iter(self.layers.values())
+
+
+def _rule_of(x: Tensor) -> F.MapsRule:
+    """Return the rule that leaves A as it is and maps B by X `[L, r, r]`."""
+    maps = F.ReprojectionMaps(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x), x)
+    return lambda a_cov, g_cov, kept, enough_g: maps

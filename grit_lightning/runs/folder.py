@@ -13,7 +13,7 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 RUNS = Path("runs")
 CONFIG = "config.yaml"
-EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl")
+EVENTS = ("ranks.jsonl", "reprojections.jsonl", "forgetting.jsonl", "retention.jsonl")
 EVALUATIONS = ("generations-*.jsonl", "harness-*.json")
 FILES_OF_A_RUN = (
     CONFIG,

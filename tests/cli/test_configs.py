@@ -52,12 +52,12 @@ def dry_run(words: str) -> subprocess.CompletedProcess[str]:
 
 def test_all_shipped_configs_are_found_and_tested_here() -> None:
     """Each task brings one; the others are counted."""
-    folders = ("ablations", "models", "paper", "probes", "shared", "strategy")
+    folders = ("ablations", "models", "paper", "probes", "retention", "shared", "strategy")
     assert set(TASKS) == set(CASES)
     own = {"instruct", "text", "classify"}  # trained in test_own_data.py
     assert {name for name in ALL if "/" not in name} == {*CASES, *own, "demo"}
     assert {name.partition("/")[0] for name in ALL if "/" in name} == set(folders)
-    assert len(ALL) - len(CASES) == 23
+    assert len(ALL) - len(CASES) == 26
 
 
 @pytest.mark.parametrize("name", [*TASKS, *inside("paper"), "demo", *inside("shared")])
@@ -178,6 +178,16 @@ def test_probe_measures_on_top_of_any_config(
     shown = capsys.readouterr().out
     assert "Run finished" in shown
     assert ("my loss" in shown) == (not last)
+
+
+@pytest.mark.parametrize("name", inside("retention"))
+def test_retention_overlay_trains_on_top_of_the_demo(
+    name: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.txt").write_text("Whatever may be read. " * 30)
+    words = ["--trainer.callbacks.texts=[{source: my.txt}]", "--trainer.callbacks.block_size=64"]  # as its header shows
+    main(["fit", "--config", "demo", "--config", name, *tiny, *words, "--trainer.fast_dev_run=2"])
+    assert "Run finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", inside("strategy"))

@@ -32,6 +32,12 @@ def alone(worker: ModuleType, results: Path) -> Callable[[str], dict[str, Any]]:
     return functools.cache(lambda name: worker.variant(name, "one", results))
 
 
+@pytest.fixture(scope="module")
+def retained_alone(worker: ModuleType, results: Path) -> Callable[[str], dict[str, Any]]:
+    """Retains on a single process, once for all strategies."""
+    return functools.cache(lambda mode: worker.retained("one", results / "backbone", mode))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_the_model_of_one(kind: str, one: dict[str, Any], found: Found, worker: ModuleType) -> None:
     two = found(f"train-{kind}")
@@ -52,6 +58,22 @@ def test_two_processes_train_a_module_of_somebody_else(found: Found, worker: Mod
         assert worker.runs.largest_difference(one[part], two[0][part]) < ROUNDING, part
         assert worker.runs.largest_difference(two[0][part], two[1][part]) == 0.0, part
     assert one["ranks"] == two[0]["ranks"] == two[1]["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp", "measured"), ("fsdp2", "penalty")],
+)
+def test_two_processes_retain_what_one_does(
+    kind: str, mode: str, retained_alone: Callable[[str], Any], found: Found, worker: ModuleType
+) -> None:
+    one, both = retained_alone(mode), [found(f"retained {mode}-{kind}", rank) for rank in range(2)]
+    assert worker.runs.replicas_agree(*both)
+    for part in ("weights", "Σ_a", "Σ_g"):
+        assert worker.runs.largest_difference(one[part], both[0][part]) < ROUNDING, part
+    for part in ("tokens", "task tokens", "mu"):
+        assert one[part] == both[0][part], part
+    assert one["mu"] > 0
 
 
 @pytest.mark.parametrize("kind", SHARDED)

@@ -27,7 +27,7 @@ import processes as runs  # type: ignore[import-not-found]
 
 from grit_lightning import GeometryConfig, GeometryHooks
 from grit_lightning.backbones import load_backbone
-from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, StopOnSignal
+from grit_lightning.callbacks import AdapterCheckpoint, RankAdaptation, Reprojection, Retention, StopOnSignal
 from grit_lightning.checkpoints.adapter_state import trained_parameters
 from grit_lightning.distributed import strategies
 from grit_lightning.distributed.collectives import (
@@ -38,11 +38,16 @@ from grit_lightning.distributed.collectives import (
 )
 from grit_lightning.distributed.strategies import GritFSDP2Strategy, GritFSDPStrategy
 from grit_lightning.evaluation.generation import GenerationSettings, generate_answers
+from grit_lightning.forgetting import TextData
+from grit_lightning.forgetting.dealt_blocks import DealtBlocks
+from grit_lightning.forgetting.held_out import TextBlocks
+from grit_lightning.forgetting.likelihood import TokenSequence
 
 RARE = {"kfac_update_freq": 50, "kfac_min_samples": 1}  # statistics stay apart on their processes
 OFTEN = {"kfac_update_freq": 2, "kfac_min_samples": 1}
 ONE_EPOCH = 3 * runs.WINDOW
 KINDS = ("ddp", "fsdp", "fsdp2")
+RETENTIONS = (("ddp", "at_end"), ("ddp", "penalty"), ("fsdp", "periodic"), ("fsdp", "measured"), ("fsdp2", "penalty"))
 
 
 class Unfinished(pl.Callback):
@@ -114,6 +119,43 @@ def brief(strategy: Any, backbone: Path, precision: Any = "32-true", **settings:
         "read": read.call_count,
         "outside": outside,
         "dtypes": sorted(dtypes),
+    }
+
+
+class RetentionOfNumbers(Retention):
+    """Retains blocks of token ids, so that no tokenizer is needed."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        generator = torch.Generator().manual_seed(11)
+        blocks = [torch.randint(4, 320, (12,), generator=generator).tolist() for _ in range(10)]
+        self._text = DealtBlocks([TextBlocks("numbers", [TokenSequence(ids) for ids in blocks])])
+
+
+def retained(kind: str, backbone: Path, mode: str) -> dict[str, Any]:
+    """Three steps with general text in between; what is left of the adapter, and the estimate of that text."""
+    pl.seed_everything(7, verbose=False)
+    each = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    modes: dict[str, dict[str, Any]] = {
+        "at_end": {"mu": 5.0},
+        "measured": {"mode": "at_end", "task_tolerance": 1e-4},
+        "periodic": {"mode": "periodic", "mu": 5.0, "edit_every_n_steps": 2},
+        "penalty": {"mode": "penalty", "mu": 5.0},
+    }
+    settings = {"every_n_steps": 1, "block_size": 12, "batch_size": each} | modes[mode]
+    found = RetentionOfNumbers([TextData("numbers.txt")], **settings)
+    module = runs.make_module(backbone, OFTEN)
+    callbacks = [found, Reprojection("balanced", every_n_steps=2)]
+    validation = runs.share(runs.micro_batches(4, seed=1)) if mode == "measured" else None
+    trainer = runs.make_trainer(kind, callbacks=callbacks, check_val_every_n_epoch=5)
+    trainer.fit(module, runs.share(runs.micro_batches(ONE_EPOCH)), validation)
+    return {
+        "mu": found.report()["retention"]["mu"],
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "Σ_g": {name: view.g_cov.clone() for name, view in found.estimate.layers.items()},
+        "Σ_a": {name: view.a_cov.clone() for name, view in found.estimate.layers.items()},
+        "tokens": {name: view.n_samples for name, view in found.estimate.layers.items()},
+        "task tokens": {name: view.n_samples for name, view in module.geometry.layers.items()},
+        "ranks": module.geometry.ranks,
     }
 
 
@@ -285,6 +327,8 @@ def cases(out: Path) -> dict[str, Any]:
         found[f"generated-{kind}"] = partial(generated, kind, backbone)
         found[f"resumed-{kind}"] = partial(saved_and_resumed, kind, backbone, out / f"{kind}-2", 2, resume=start)
         found[f"own-{kind}"] = partial(own, kind, backbone)
+    for kind, mode in RETENTIONS:
+        found[f"retained {mode}-{kind}"] = partial(retained, kind, backbone, mode)
     found["window"] = partial(window, "ddp", backbone)
     found["whole"] = partial(saved_and_resumed, "ddp", backbone, out / "whole", 3)
     found["begun"] = stopped_and_resumed
