@@ -26,10 +26,8 @@ from grit_lightning.errors import InvalidValueError, require
 from grit_lightning.export.front_figure import draw_front
 from grit_lightning.export.opening import AdapterSource, OpenAdapter, opened_adapter
 from grit_lightning.export.retention_card import retention_card
+from grit_lightning.geometry.retention import TOKENS_PER_RANK
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder, write_json
-
-TOKENS_PER_RANK = 10
-"""Tokens that a source must predict for each unit of rank: fewer leave most of a covariance to chance."""
 
 
 @dataclass(frozen=True)
