@@ -256,7 +256,7 @@ def _require_work(front: Front, target: Target) -> None:
     unedited = front.points[0]
     if target.kind == "forgetting" and unedited.within(target):
         raise InvalidValueError(
-            f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats per token, "
+            f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats, "
             f"got {target.value:g}, which it keeps as it is. Lower it, or leave the adapter "
             "alone. Nothing was written."
         )
