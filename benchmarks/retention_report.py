@@ -206,7 +206,7 @@ def honest_choice(records: Sequence[Record], tolerance: float = PRICE) -> list[t
     return found
 
 
-def sensitivity_table(records: Iterable[Record], price: float = 0.005) -> str:
+def sensitivity_table(records: Iterable[Record], price: float = PRICE) -> str:
     """Write what is forgotten at a price with another method, or with other statistics."""
     lines = []
     for record in records:
