@@ -179,3 +179,10 @@ def test_bisection_takes_few_looks() -> None:
 def test_a_target_is_one_and_makes_sense(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Target.one_of(**{"task_tolerance": None, "forgetting": None, "mu": None, **values})
+
+
+def test_every_set_is_compared_with_its_own_reference(front: Front) -> None:
+    unedited, backbone = front.points
+    assert unedited.beside["task"].change == backbone.beside["general"].change == 0.0
+    assert backbone.beside["task"].change == pytest.approx(backbone.task.change)
+    assert unedited.beside["general"].change == pytest.approx(unedited.general.change)
