@@ -16,11 +16,12 @@ from grit_lightning.editing.measuring import Change, Measurement, Measurer
 from grit_lightning.editing.methods import first_order, maps_of, second_order
 from grit_lightning.editing.statistics import AdapterStatistics
 from grit_lightning.errors import InvalidValueError, require
+from grit_lightning.forgetting.without_trace import adapter_off
 
 FIRST_STRENGTH = 0.1
 STRIDE = math.sqrt(10.0)
-"""Factor between strengths while only one side of the boundary is known."""
-PRECISION = 1.15
+"""First factor between strengths while only one side of the boundary is known; it grows by itself from look to look."""
+PRECISION = 1.16
 """The boundary is known well enough when the strengths on its two sides are within this factor."""
 
 
@@ -131,9 +132,9 @@ class Front:
         self.adapter, self.task, self.general = adapter, task, general
         self.measurer, self.damping = measurer, damping
         self._unedited = measurer.measure("unedited adapter")
-        nothing = {name: task.groups[0].a_cov.new_zeros(r, r) for name, r in adapter.ranks.items()}
-        with adapter.edited(nothing):
+        with adapter_off(adapter.model):  # also what else was trained beside B and A
             self._backbone = measurer.measure("backbone")
+        nothing = {name: task.groups[0].a_cov.new_zeros(r, r) for name, r in adapter.ranks.items()}
         self._known: dict[tuple[str, float], FrontPoint] = {}
         self.points = [
             self._point("unedited", 0.0, self._unedited, {}),
@@ -161,7 +162,8 @@ class Front:
             evaluations: The most strengths to measure.
 
         Returns:
-            The best of those measured that keep to the target; None if none does.
+            The best of those measured that keep to the target: for a tolerance the one that general text is best at, so that
+            all of the tolerance may be spent. None if none does.
         """
         if target.kind == "mu":
             return self.at(method, target.value)
@@ -214,7 +216,7 @@ def bisect_log(
         holds: True below the boundary, False above it.
         start: Where to look first.
         evaluations: The most looks.
-        stride: Factor between looks while all of them were on one side.
+        stride: Factor between the first two looks while all of them were on one side; it grows by itself every time.
         precision: Stop when the boundary is known to this factor.
 
     Returns:
@@ -225,16 +227,16 @@ def bisect_log(
         0.7
     """
     below, above = None, None
-    x = start
+    x, reach = start, stride
     for _ in range(evaluations):
         if holds(x):
             below = x
         else:
             above = x
         if below is None:
-            x = x / stride
+            x, reach = x / reach, reach * stride
         elif above is None:
-            x = x * stride
+            x, reach = x * reach, reach * stride
         elif above / below < precision:
             break
         else:

@@ -14,7 +14,8 @@ from grit_lightning.backbones.inputs import accepted_arguments
 from grit_lightning.batches import learnt_labels, model_inputs
 from grit_lightning.editing.rows import Rows, batches_of, predicted_tokens
 from grit_lightning.editing.statistics import Progress
-from grit_lightning.forgetting.change import mean_change
+from grit_lightning.errors import DivergedError, InvalidValueError
+from grit_lightning.forgetting.change import mean_change, mean_of_changes
 from grit_lightning.forgetting.likelihood import row_log_likelihoods
 from grit_lightning.forgetting.without_trace import evaluating_without_trace
 
@@ -90,7 +91,15 @@ class Measurer:
         self._device = next(parameter.device for parameter in model.parameters())
 
     def measure(self, name: str) -> Measurement:
-        """Measure the model as it is now, without leaving a trace in it; `name` is what progress calls it."""
+        """Measure the model as it is now, without leaving a trace in it.
+
+        Args:
+            name: What progress and messages call it.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+            ValueError: If the metric is not a finite number for every row of the task.
+        """
         total, done = sum(len(held_out.rows) for held_out in self.sets), 0
         nats: dict[str, Tensor] = {}
         with evaluating_without_trace(self.model, self._device):
@@ -101,9 +110,21 @@ class Measurer:
                     done += len(chosen)
                     if self.progress is not None:
                         self.progress(name, done, total)
+                _require_finite(values, f"{name}, loss on {held_out.name}")
                 nats[held_out.name] = values
-            metric = None if self.metric is None else self.metric(self.model).double().cpu()
+            metric = None if self.metric is None else self._metric()
         return Measurement(nats, metric)
+
+    def _metric(self) -> Tensor:
+        assert self.metric is not None
+        rows = next(len(held_out.rows) for held_out in self.sets if held_out.role == "task")
+        values = torch.as_tensor(self.metric(self.model)).double().cpu()
+        if values.shape != (rows,) or not bool(values.isfinite().all()):
+            raise InvalidValueError(
+                f"task_metric: expected a finite number for each of the task's {rows} held-out rows, got {tuple(values.shape)} "
+                "or others. Return one tensor with a value for each row."
+            )
+        return values
 
     def task(self, before: Measurement, after: Measurement) -> Change:
         """Return the task's loss after, in nats per predicted token, and its change."""
@@ -116,13 +137,12 @@ class Measurer:
     def general(self, before: Measurement, after: Measurement) -> Change:
         """Return the weighted mean of the losses on all general sets, and its change."""
         sets = [held_out for held_out in self.sets if held_out.role == "general"]
-        share = {held_out.name: held_out.weight / sum(other.weight for other in sets) for held_out in sets}
-        everything = sum(float(self._tokens[name].sum()) for name in share)
-        # As if every set had its share of all tokens: then it is one mean over rows, which can be resampled as such.
-        scale = {name: part * everything / float(self._tokens[name].sum()) for name, part in share.items()}
-        tokens = torch.cat([scale[name] * self._tokens[name] for name in scale])
-        start, end = (torch.cat([scale[name] * state.nats[name] for name in scale]) for state in (before, after))
-        return self._change(start, end, tokens)
+        shares = [held_out.weight / sum(other.weight for other in sets) for held_out in sets]
+        parts = [(before.nats[s.name], after.nats[s.name], self._tokens[s.name]) for s in sets]
+        value = sum(
+            share * float(end.sum() / tokens.sum()) for share, (_, end, tokens) in zip(shares, parts, strict=True)
+        )
+        return Change(value, *mean_of_changes(parts, shares, self.confidence))
 
     def of_metric(self, before: Measurement, after: Measurement) -> Change | None:
         """Return the task's metric, and its change; None without one."""
@@ -133,6 +153,15 @@ class Measurer:
     def _change(self, before: Tensor, after: Tensor, weights: Tensor) -> Change:
         change, interval = mean_change(before, after, weights, self.confidence)
         return Change(float(after.sum() / weights.sum()), change, interval)
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise DivergedError(
+            f"{what}: expected finite numbers, got another in row {bad[0]} and {len(bad) - 1} more. The adapter has "
+            "diverged, or the row is broken."
+        )
 
 
 def _row_nats(

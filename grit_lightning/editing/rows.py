@@ -16,15 +16,9 @@ from torch import Tensor
 from grit_lightning.batches import IGNORED
 from grit_lightning.datamodules.pipeline.collate import learnt_labels, pad
 from grit_lightning.errors import InvalidValueError
-from grit_lightning.forgetting.held_out import TextBlocks
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
-
-
-def rows_of_blocks(blocks: TextBlocks) -> list[dict[str, list[int]]]:
-    """Return blocks of text as rows, every token of a block predicted but its first."""
-    return [{"input_ids": ids, "learnt": [start, len(ids)]} for ids, start in blocks.sequences]
 
 
 def predicted_tokens(row: Row) -> int:
@@ -67,7 +61,8 @@ def require_rows(rows: Rows, what: str, *, vocabulary: int, context: int | None,
         least_tokens: How many tokens are to be predicted at least, over all rows.
 
     Raises:
-        ValueError: If there are no rows, one is too long, an id is not one of the model's, or they predict too few tokens.
+        ValueError: If there are no rows, one is too long or predicts nothing, an id is not one of the model's, or they predict
+            too few tokens.
     """
     if not len(rows):
         raise InvalidValueError(f"{what}: expected rows, got none.")
@@ -77,13 +72,19 @@ def require_rows(rows: Rows, what: str, *, vocabulary: int, context: int | None,
             f"{what}: expected at most {context} tokens a row, the model's context, got {longest}. Lower "
             "max_length or block_size."
         )
-    largest = max(max(row["input_ids"], default=0) for row in rows)
-    if largest >= vocabulary:
+    counts = [predicted_tokens(row) for row in rows]
+    if empty := counts.count(0):
         raise InvalidValueError(
-            f"{what}: expected token ids below {vocabulary}, the model's vocabulary, got {largest}. Encode them "
+            f"{what}: expected rows that each predict a token, got {empty} of {len(rows)} that predict none. Leave them out."
+        )
+    smallest, largest = (f(int(f(row["input_ids"])) for row in rows) for f in (min, max))
+    if smallest < 0 or largest >= vocabulary:
+        raise InvalidValueError(
+            f"{what}: expected token ids below {vocabulary}, the model's vocabulary, got "
+            f"{smallest if smallest < 0 else largest}. Encode them "
             "with the tokenizer of the adapter's backbone."
         )
-    tokens = sum(predicted_tokens(row) for row in rows)
+    tokens = sum(counts)
     if tokens < least_tokens:
         raise InvalidValueError(
             f"{what}: expected at least {least_tokens} tokens to predict, got {tokens} in {len(rows)} rows. Give more rows."

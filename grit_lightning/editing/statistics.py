@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from grit_lightning.backbones.inputs import accepted_arguments
 from grit_lightning.batches import label_token_count, learnt_labels, model_inputs
-from grit_lightning.editing.rows import Rows, batches_of
-from grit_lightning.errors import DivergedError
+from grit_lightning.editing.rows import Rows, batches_of, predicted_tokens
+from grit_lightning.errors import DivergedError, InvalidValueError
 from grit_lightning.geometry.config import GeometryConfig
 from grit_lightning.geometry.rank_group import RankGroup
 from grit_lightning.geometry.rank_space import RankSpaceGeometry
@@ -61,30 +61,33 @@ class AdapterStatistics:
 
     @classmethod
     def mixed(cls, parts: Sequence[AdapterStatistics], weights: Sequence[float]) -> AdapterStatistics:
-        """Return the weighted mean over several sources, each of them the mean over its own tokens.
+        """Return the weighted mean over several sources, each of them for one of its predicted tokens.
+
+        So a source counts by its weight, as in a mean of losses, however few of the tokens that are read are predicted in it.
+        The factors of a mixture are taken for the mixture of the factors.
 
         Args:
             parts: Statistics of the same adapter.
             weights: Positive weights; only their ratios matter.
         """
         total = sum(weights)
-        shares = [weight / total for weight in weights]
+        pairs = [(weight / total, part) for weight, part in zip(weights, parts, strict=True)]
 
-        def mean(read: Callable[[AdapterStatistics], Tensor]) -> Tensor:
-            return torch.stack([share * read(part) for share, part in zip(shares, parts, strict=True)]).sum(dim=0)
+        def mean(read: Callable[[AdapterStatistics], Tensor], *, per_predicted: bool = False) -> Tensor:
+            factors = [share * (part.per_predicted if per_predicted else 1.0) for share, part in pairs]
+            return torch.stack([factor * read(part) for factor, (_, part) in zip(factors, pairs, strict=True)]).sum(0)
 
         groups = tuple(
-            replace(
-                group,
-                a_cov=mean(lambda part, i=i: part.groups[i].a_cov),  # type: ignore[misc]  # a default binds the loop's i
-                g_cov=mean(lambda part, i=i: part.groups[i].g_cov),  # type: ignore[misc]
-                cross=mean(lambda part, i=i: part.groups[i].cross),  # type: ignore[misc]
+            GroupStatistics(
+                group.names,
+                mean(lambda part, i=i: part.groups[i].a_cov),  # type: ignore[misc]  # a default binds the loop's i
+                mean(lambda part, i=i: part.groups[i].g_cov, per_predicted=True),  # type: ignore[misc]
+                mean(lambda part, i=i: part.groups[i].cross, per_predicted=True),  # type: ignore[misc]
             )
             for i, group in enumerate(parts[0].groups)
         )
-        tokens = sum(share * part.tokens for share, part in zip(shares, parts, strict=True))
-        predicted = sum(share * part.predicted for share, part in zip(shares, parts, strict=True))
-        return cls(groups, tokens, predicted)
+        predicted = sum(part.predicted for part in parts)
+        return cls(groups, predicted, predicted)
 
 
 def measure_statistics(
@@ -96,12 +99,12 @@ def measure_statistics(
 ) -> AdapterStatistics:
     """Run the model forward and backward over rows, and keep what its adapter's rank spaces see.
 
-    The sums are streamed: memory is that of a training step. Dropout is off. The model's weights, gradients, modes and
-    `requires_grad` are as they were afterwards.
+    The sums are streamed: memory is that of a training step without activation checkpointing, which evaluation mode switches
+    off. Dropout is off too. The model's weights, gradients, modes and `requires_grad` are as they were afterwards.
 
     Args:
         model: A PEFT model with one active LoRA adapter.
-        rows: See `editing.rows`.
+        rows: See `editing.rows`; those that predict nothing are left out.
         batch_size: Rows at a time; changes the rounding only.
         progress: Is told how many rows have been read.
         name: What `progress` calls this.
@@ -110,7 +113,7 @@ def measure_statistics(
         The statistics, float32 on the adapter's device.
 
     Raises:
-        ValueError: If the adapter is no plain LoRA.
+        ValueError: If the adapter is no plain LoRA, or rows pass some of its layers by.
         FloatingPointError: If a row's loss or gradient is not finite.
     """
     geometry = RankSpaceGeometry(model, GeometryConfig())
@@ -134,27 +137,44 @@ def _stream(
     accepted = accepted_arguments(model)
     cross = [torch.zeros_like(group.a_cov) for group in geometry.groups]
     tokens = predicted = read = 0
-    for chosen, batch in batches_of(rows, batch_size, device):
+    telling = [row for row in rows if predicted_tokens(row)]
+    for chosen, batch in batches_of(telling, batch_size, device):
         labels = int(label_token_count(learnt_labels(batch)))
-        if labels:
-            geometry.start_micro_batch(batch["attention_mask"], labels)
-            loss = model(**model_inputs(batch, accepted, trim=True), use_cache=False).loss
-            loss.backward()
-            if not bool(loss.isfinite()):
-                raise _diverged(name, "losses")
-            geometry.finish_micro_batch()
-            for total, group in zip(cross, geometry.groups, strict=True):
-                total += labels * torch.stack([_cross(site) for site in group.sites])
-            model.zero_grad(set_to_none=True)
-            tokens, predicted = tokens + int(batch["attention_mask"].sum()), predicted + labels
+        geometry.start_micro_batch(batch["attention_mask"], labels)
+        loss = model(**model_inputs(batch, accepted, trim=True), use_cache=False).loss
+        loss.backward()
+        if not bool(loss.isfinite()):
+            raise _diverged(name, "losses")
+        geometry.finish_micro_batch()
+        for total, group in zip(cross, geometry.groups, strict=True):
+            total += labels * torch.stack([_cross(site) for site in group.sites])
+        model.zero_grad(set_to_none=True)
+        tokens, predicted = tokens + int(batch["attention_mask"].sum()), predicted + labels
         read += len(chosen)
         if progress is not None:
-            progress(name, read, len(rows))
-    geometry.step(precondition=False)  # closes the window, as after an optimizer step
+            progress(name, read, len(telling))
+    geometry.finish_window()
+    geometry.reduce()
+    _require_heard(geometry, name)
     if geometry.counters["rejected"]:
         raise _diverged(name, "gradients")
     groups = tuple(_statistics(*pair, tokens) for pair in zip(geometry.groups, cross, strict=True))
     return AdapterStatistics(groups, tokens, predicted)
+
+
+def _require_heard(geometry: RankSpaceGeometry, name: str) -> None:
+    """Check that every layer has sent statistics.
+
+    Raises:
+        ValueError: If one has not.
+    """
+    silent = [view.name for view in geometry if int(view.group.counts.capture_counts[view.index]) == 0]
+    if silent:
+        raise InvalidValueError(
+            f"{name}: expected layers that all take part in the model's forward pass through lora_A, got {len(silent)} of "
+            f"{len(geometry.layers)} that do not, first {silent[0]}. Their update "
+            "cannot be edited: leave them out of the adapter."
+        )
 
 
 def _statistics(group: RankGroup, cross: Tensor, tokens: int) -> GroupStatistics:

@@ -54,7 +54,17 @@ def draw_front(points: Sequence[FrontPoint], chosen: FrontPoint, path: Path) -> 
     )
     axes.axvline(0.0, color="gray", linewidth=0.8, linestyle=":")
     axes.axhline(0.0, color="gray", linewidth=0.8, linestyle=":")
+    reach = 4.0 * max(chosen.task.change, 0.002)  # stronger edits that were tried on the way would set the scale
+    near = [p for p in points if p.method != "backbone" and p.task.change <= reach]
+    axes.set_ylim(min(p.task.change for p in near) - 0.1 * reach, 1.1 * reach)
+    axes.set_xlim(*_with_margin([p.general.change for p in near]))
     axes.set_xlabel("general text, above the backbone (nats per token)")
     axes.set_ylabel("task, above the unedited adapter (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(0.0, *values), max(0.0, *values)
+    margin = 0.08 * max(high - low, 1e-3)
+    return low - margin, high + margin

@@ -22,14 +22,14 @@ _FACTOR = re.compile(rf"(?P<layer>.+\.lora_[AB])\.{ADAPTER}\.weight")
 
 
 def named_by_peft(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter of a model under PEFT's names on file.
+    """Return the active adapter of a model under PEFT's names on file.
 
     Args:
         model: The model, adapter and backbone; tensors of the backbone may be on the meta device.
     """
     with warnings.catch_warnings():  # it looks for the backbone's files to compare vocabularies
         warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
-        named = get_peft_model_state_dict(model, save_embedding_layers=False)
+        named = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     return {name: value.detach() for name, value in named.items()}
 
 

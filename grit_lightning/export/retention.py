@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from safetensors.torch import save
 from torch import Tensor
@@ -164,12 +165,14 @@ def retain_adapter(
     target = Target.one_of(task_tolerance=task_tolerance, forgetting=forgetting, mu=mu)
     for name in (method, *compare):
         require("retain", "method", name in METHODS, f"one of {', '.join(METHODS)}", name)
-    weights = {**dict.fromkeys([*general_rows, *held_out_general], 1.0), **(general_weights or {})}
-    for name, weight in weights.items():
-        require("retain", f"general_weights of {name}", 0 < weight < math.inf, "a number > 0", weight)
+    for name, number in (("batch_size", batch_size), ("evaluations", evaluations)):
+        require("retain", name, number >= 1, "an integer ≥ 1", number)
+    require("retain", "confidence", 0.0 < confidence < 1.0, "a number in (0, 1)", confidence)
+    require("retain", "damping", 0.0 <= damping < math.inf, "a finite number ≥ 0", damping)
+    weights = _weights(general_rows, held_out_general, general_weights or {})
     start = time.perf_counter()
     with opened_adapter(adapter, backbone) as opened:
-        editable = EditableAdapter(opened.model)
+        editable = EditableAdapter(opened.model, _dtypes(opened))
         held_out = [HeldOut("task", held_out_task, "task")]
         held_out += [HeldOut(name, rows, "general", weights[name]) for name, rows in held_out_general.items()]
         held_out += [HeldOut(name, rows, "beside") for name, rows in (beside or {}).items()]
@@ -198,7 +201,8 @@ def retain_adapter(
             "confidence": confidence,
             "calibration": _sizes({"task": task_rows, **general_rows}),
             "held_out": _sizes({one.name: one.rows for one in held_out}),
-            "general_weights": {name: weights[name] for name in general_rows},
+            "general_weights": weights,
+            "revision": getattr(opened.config, "revision", None),
             "seconds": round(time.perf_counter() - start, 1),
         }
         return RetentionResult(
@@ -212,6 +216,26 @@ def retain_adapter(
         )
 
 
+def _weights(
+    calibration: Mapping[str, Rows], held_out: Mapping[str, Rows], given: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the weight of every general source."""
+    names = list(dict.fromkeys([*calibration, *held_out]))
+    if "task" in names:
+        raise InvalidValueError("general_rows: expected names other than 'task', got a source of that name. Rename it.")
+    if unknown := sorted(given.keys() - set(names)):
+        raise InvalidValueError(f"general_weights: expected names among {', '.join(names)}, got {', '.join(unknown)}.")
+    for name, weight in given.items():
+        require("retain", f"general_weights of {name}", 0 < weight < math.inf, "a number > 0", weight)
+    return {**dict.fromkeys(names, 1.0), **given}
+
+
+def _dtypes(opened: OpenAdapter) -> dict[str, torch.dtype]:
+    """Return the dtype of every B on file, by the layer's name in the model."""
+    ending = ".lora_B.weight"
+    return {name.removesuffix(ending): b.dtype for name, b in opened.tensors.items() if name.endswith(ending)}
+
+
 def _check(
     opened: OpenAdapter, editable: EditableAdapter, task: Rows, general: Mapping[str, Rows], held_out: Sequence[HeldOut]
 ) -> None:
@@ -222,10 +246,14 @@ def _check(
     names = [one.name for one in held_out]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InvalidValueError(
-            f"held_out_general: expected names other than 'task' and each once, got {', '.join(twice)} twice."
+            f"beside: expected names that no other held-out set has, got {', '.join(twice)} twice. Rename them."
         )
+    embeddings = opened.model.get_input_embeddings()
+    known = getattr(
+        embeddings, "num_embeddings", opened.model.config.get_text_config().vocab_size
+    )  # or PEFT wraps them
     limits: dict[str, Any] = {
-        "vocabulary": opened.model.get_input_embeddings().num_embeddings,
+        "vocabulary": known,
         "context": context_length(opened.model),
     }
     enough = TOKENS_PER_RANK * max(editable.ranks.values())
@@ -248,12 +276,18 @@ def _edited(opened: OpenAdapter, maps: Mapping[str, Tensor]) -> EditedAdapter:
 
 
 def _require_work(front: Front, target: Target) -> None:
-    """Refuse a bound that the adapter keeps as it is.
+    """Refuse a bound that the adapter keeps as it is, or that the backbone keeps too, for which nothing of it would be left.
 
     Raises:
         ValueError: If it does.
     """
-    unedited = front.points[0]
+    unedited, backbone = front.points[:2]
+    if target.kind == "task_tolerance" and backbone.within(target):
+        learnt = backbone.task.change if backbone.metric is None else -backbone.metric.change
+        raise InvalidValueError(
+            f"task_tolerance: expected less than what the adapter has learnt on the held-out rows, {learnt:.4f}, got "
+            f"{target.value:g}, which the backbone keeps too. Lower it. Nothing was written."
+        )
     if target.kind == "forgetting" and unedited.within(target):
         raise InvalidValueError(
             f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats, "
@@ -268,15 +302,20 @@ def _unmet(front: Front, method: str, target: Target) -> InvalidValueError:
         best = min(tried, key=lambda p: p.general.change)
         return InvalidValueError(
             f"forgetting: expected a bound that some strength keeps, got {target.value:g}: the least that was measured is "
-            f"{best.general.change:+.4f} nats per token above the backbone, at μ {best.mu:.3g}. Raise it to "
+            f"{_up(best.general.change):+.4f} nats per token above the backbone, at μ {best.mu:.3g}. Raise it to "
             "that. Nothing was written."
         )
     best = min(tried, key=lambda p: p.mu)
     cost = best.task.change if best.metric is None else -best.metric.change
     return InvalidValueError(
         f"task_tolerance: expected a bound that some strength keeps, got {target.value:g}: the weakest edit that was measured, "
-        f"μ {best.mu:.3g}, costs {cost:.4f}. Raise it to that. Nothing was written."
+        f"μ {best.mu:.3g}, costs {_up(cost):.4f}. Raise it to that. Nothing was written."
     )
+
+
+def _up(value: float) -> float:
+    """Round up to what is shown, so that it is a bound that is kept."""
+    return math.ceil(value * 1e4) / 1e4
 
 
 def _sizes(sets: Mapping[str, Rows]) -> dict[str, dict[str, int]]:

@@ -24,22 +24,28 @@ def retention_card(result: RetentionResult, name: str) -> str:
         "forgetting": f"the best task loss with general text at most {target.value:g} nats per token above the backbone",
         "mu": f"strength μ = {target.value:g}",
     }[target.kind]
+    if target.kind == "task_tolerance" and chosen.metric is not None:
+        asked += " of its metric"
+    aim = "as little forgetting" if target.kind == "mu" else "same target"
     rows = [
         ("backbone", backbone),
         ("unedited adapter", unedited),
         (f"this adapter (μ = {chosen.mu:.3g})", chosen),
-        *((f"{peer}, same target", point) for peer, point in result.peers.items() if point is not None),
+        *((f"{peer}, {aim}", point) for peer, point in result.peers.items() if point is not None),
     ]
+    failed = [peer for peer, point in result.peers.items() if point is None]
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(notes), sort_keys=True).strip()}\n---",
         f"# {name}",
         f"A LoRA adapter in PEFT's format: `{notes['adapter']}`, trained on `{notes['backbone']}`, edited so that it "
         f"keeps what its backbone knew (GRIT, retention by two Fishers; method `{notes['method']}`). Asked for: {asked}.",
-        f"```python\n{load_adapter_code(_source(notes['backbone']), name)}\n```",
+        f"```python\n{load_adapter_code(_source(notes['backbone']), name, notes['revision'])}\n```",
         "## Measured on held-out rows",
         f"Nats per token; changes with paired {notes['confidence']:.0%} bootstrap intervals over rows. The task's change is "
-        "from the unedited adapter, general text's from the backbone.",
+        "from the unedited adapter, general text's from the backbone. The strength was chosen on these rows: on others the "
+        "task may cost a little more than was asked.",
         table(("", *_header(chosen)), [(label, *_cells(point)) for label, point in rows]),
+        *([f"No strength of {', '.join(failed)} keeps to the target."] if failed else []),
         "## Read",
         table(
             ("", "rows", "tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,46 @@ def mean_change(
     change = float(_ratio(difference, weight))
     if len(weight) < 2:
         return change, None
-    interval = bootstrap(
+    interval = _resampled(difference, weight, confidence, SEED).confidence_interval
+    return change, (float(interval.low), float(interval.high))
+
+
+def mean_of_changes(
+    sets: Sequence[tuple[Tensor, Tensor, Tensor]], shares: Sequence[float], confidence: float = 0.95
+) -> tuple[float, tuple[float, float] | None]:
+    """Return a weighted mean over sets of what `mean_change` gives for each, every set resampled within itself.
+
+    Args:
+        sets: Values before and after and weights of the units of each set, each `[N_k]`.
+        shares: Part of each set in the mean; they add up to 1.
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        The change, and its interval; None where a set has a single unit.
+
+    Example:
+        >>> import torch
+        >>> up, same = (torch.zeros(2), torch.full((2,), 0.5), torch.ones(2)), (torch.ones(3), torch.ones(3), torch.ones(3))
+        >>> mean_of_changes([up, same], [0.5, 0.5])
+        (0.25, (0.25, 0.25))
+    """
+    numbers = [
+        ((after - before).double().cpu().numpy(), weights.double().cpu().numpy()) for before, after, weights in sets
+    ]
+    change = sum(share * float(_ratio(*pair)) for share, pair in zip(shares, numbers, strict=True))
+    if any(len(weight) < 2 for _, weight in numbers):
+        return change, None
+    draws = sum(
+        share * _resampled(difference, weight, confidence, SEED + number).bootstrap_distribution
+        for number, (share, (difference, weight)) in enumerate(zip(shares, numbers, strict=True))
+    )
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(draws, [tail, 100.0 - tail])
+    return change, (float(low), float(high))
+
+
+def _resampled(difference: NDArray[np.float64], weight: NDArray[np.float64], confidence: float, seed: int) -> Any:
+    return bootstrap(
         (difference, weight),
         _ratio,
         paired=True,
@@ -49,9 +89,8 @@ def mean_change(
         batch=1000,
         confidence_level=confidence,
         method="percentile",  # works for any values; BCa fails where all units changed alike
-        rng=np.random.default_rng(SEED),  # its own, so that the training's random numbers stay as they are
-    ).confidence_interval
-    return change, (float(interval.low), float(interval.high))
+        rng=np.random.default_rng(seed),  # its own, so that the training's random numbers stay as they are
+    )
 
 
 def _ratio(difference: NDArray[np.float64], weight: NDArray[np.float64], axis: int = -1) -> Any:

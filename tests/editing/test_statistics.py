@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grit_lightning import GeometryConfig
 from grit_lightning.editing import AdapterStatistics, measure_statistics
+from grit_lightning.editing.methods import first_order
 from grit_lightning.editing.rows import batches_of
 from grit_lightning.errors import DivergedError
 from grit_lightning.geometry_steps import GeometrySteps
@@ -127,10 +128,33 @@ def test_sources_are_mixed_by_weight(
 ) -> None:
     parts = [measure_statistics(adapted, rows) for rows in (task_rows(4, 5), general_rows(9, 6))]
     mixed = AdapterStatistics.mixed(parts, [1.0, 3.0])
-    for name in ("a_cov", "g_cov", "cross"):
-        expected = 0.25 * getattr(parts[0].groups[0], name) + 0.75 * getattr(parts[1].groups[0], name)
-        torch.testing.assert_close(getattr(mixed.groups[0], name), expected)
-    assert mixed.tokens == 0.25 * parts[0].tokens + 0.75 * parts[1].tokens
+    first, second = parts
+    torch.testing.assert_close(mixed.groups[0].a_cov, 0.25 * first.groups[0].a_cov + 0.75 * second.groups[0].a_cov)
+    for name in ("g_cov", "cross"):
+        of_first, of_second = (part.per_predicted * getattr(part.groups[0], name) for part in parts)
+        torch.testing.assert_close(getattr(mixed.groups[0], name), 0.25 * of_first + 0.75 * of_second)
+    assert first.per_predicted != second.per_predicted
+    assert mixed.per_predicted == 1.0
+    x = {name: torch.rand(4, 4) for name in first.groups[0].names}
+    assert first_order(mixed, x) == pytest.approx(
+        0.25 * first_order(first, x) + 0.75 * first_order(second, x), rel=1e-4
+    )
+
+
+def test_rows_that_predict_nothing_do_not_count(adapted: PeftModel, task_rows: Callable[..., Any]) -> None:
+    rows = task_rows(6, 5)
+    silent = [{**row, "learnt": []} for row in task_rows(5, 6)]
+    alone = measure_statistics(adapted, rows, batch_size=4)
+    mixed = measure_statistics(adapted, [*rows, *silent], batch_size=4)
+    assert (mixed.tokens, mixed.predicted) == (alone.tokens, alone.predicted)
+    torch.testing.assert_close(mixed.groups[0].g_cov, alone.groups[0].g_cov)
+
+
+def test_a_layer_that_rows_pass_by_is_refused(adapted: PeftModel, task_rows: Callable[..., Any]) -> None:
+    layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    layer.forward = layer.get_base_layer().forward
+    with pytest.raises(ValueError, match=r"got 1 of 6 that do not, first .*layers\.1\.mlp\.down_proj"):
+        measure_statistics(adapted, task_rows(4, 5))
 
 
 def test_layers_of_several_ranks_are_kept_apart(knowing_backbone: Any, task_rows: Callable[..., Any]) -> None:

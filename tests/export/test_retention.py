@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,129 @@ def test_beside_a_strength_others_are_searched_for_as_little_forgetting(retain: 
     assert scaled is not None
     assert scaled.general.change <= result.chosen.general.change
     assert scaled.task.change > result.chosen.task.change
+
+
+def test_the_active_adapter_is_the_one_that_is_written(
+    retain: Retain, adapted: PeftModel, adapter_dir: Path, knowing_backbone: Path, tmp_path: Path
+) -> None:
+    """Whatever its name, and whatever other adapters the model has."""
+    other = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(knowing_backbone), str(adapter_dir), adapter_name="mine"
+    )
+    other.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = retain(adapted)
+    named = retain(other)
+    assert named.adapter.tensors.keys() == expected.adapter.tensors.keys()
+    for name, value in named.adapter.tensors.items():
+        torch.testing.assert_close(value, expected.adapter.tensors[name])
+    named.save(tmp_path / "out")
+    assert named.front[0].task.value == pytest.approx(expected.front[0].task.value)
+
+
+def test_a_start_that_moved_the_backbone_is_refused(retain: Retain, knowing_backbone: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(knowing_backbone), config)
+    with pytest.raises(ValueError, match=r"init_lora_weights 'pissa' in the model.*Convert it"):
+        retain(model)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(str(tmp_path / "moved"))
+    with pytest.raises(ValueError, match=r"init_lora_weights 'pissa' in .*moved"):
+        retain(tmp_path / "moved", backbone=str(knowing_backbone))
+
+
+def test_the_backbone_is_measured_without_what_was_trained_beside_the_factors(
+    retain: Retain, adapted: PeftModel, knowing_backbone: Path
+) -> None:
+    expected = retain(adapted).front[1]
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(knowing_backbone), config)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "modules_to_save" in name).mul_(0.5)
+    found = retain(model).front[1]
+    assert found.task.value == pytest.approx(expected.task.value)
+    assert found.general.value == pytest.approx(expected.general.value)
+
+
+def test_a_given_backbone_comes_back_without_the_adapter(
+    retain: Retain, adapter_dir: Path, knowing_backbone: Path
+) -> None:
+    backbone = LlamaForCausalLM.from_pretrained(knowing_backbone)
+    before = copy.deepcopy(backbone.state_dict())
+    first, second = (retain(adapter_dir, backbone=backbone) for _ in range(2))
+    assert backbone.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert first.front[0].general.value == second.front[0].general.value
+    with pytest.raises(ValueError, match="backbone: expected a model without an adapter"):
+        retain(adapter_dir, backbone=PeftModel.from_pretrained(backbone, str(adapter_dir)).get_base_model())
+
+
+def test_what_is_measured_is_what_is_written(
+    retain: Retain, adapter_dir: Path, knowing_backbone: Path, tmp_path: Path, task_rows: Rows
+) -> None:
+    """A file in float16 rounds B X: the front is that of the rounded one."""
+    from safetensors.torch import save_file
+
+    for file in adapter_dir.iterdir():
+        (tmp_path / "half").mkdir(exist_ok=True)
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    halves = {n: v.bfloat16() for n, v in load_file(adapter_dir / "adapter_model.safetensors").items()}
+    save_file(halves, tmp_path / "half" / "adapter_model.safetensors", metadata={"format": "pt"})
+    result = retain(tmp_path / "half", mu=0.3)
+    out = result.save(tmp_path / "out")
+    again = retain(out, mu=0.3)
+    assert again.front[0].task.value == pytest.approx(result.chosen.task.value, abs=1e-6)
+
+
+def test_a_tolerance_that_the_backbone_keeps_too_is_refused(retain: Retain, adapter_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"task_tolerance: expected less than what the adapter has learnt .*got 100"):
+        retain(adapter_dir, task_tolerance=100.0)
+
+
+def test_a_bound_that_is_named_as_the_least_can_be_asked_for(retain: Retain, adapter_dir: Path) -> None:
+    with pytest.raises(ValueError, match="Raise it to that") as refused:
+        retain(adapter_dir, forgetting=-50.0, evaluations=2)
+    named = float(re.search(r"measured is ([+-][\d.]+)", str(refused.value))[1])  # type: ignore[index]
+    assert retain(adapter_dir, forgetting=named, evaluations=2).chosen.general.change <= named
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"general_weights": {"genral": 5.0}}, "general_weights: expected names among general, got genral"),
+        ({"confidence": 2.0}, "confidence.*in .0, 1."),
+        ({"evaluations": 0}, "evaluations.*≥ 1"),
+        ({"batch_size": 0}, "batch_size.*≥ 1"),
+        ({"damping": -1.0}, "damping.*≥ 0"),
+        (
+            {"task_metric": lambda model: torch.ones(3)},
+            "task_metric: expected a finite number for each of the task's 12",
+        ),
+        ({"task_metric": lambda model: torch.full((12,), torch.nan)}, "task_metric: expected a finite number"),
+        ({"general_rows": {"task": [{"input_ids": [9, 9], "learnt": [1, 2]}]}}, "names other than 'task'"),
+        ({"held_out_task": [{"input_ids": [9, 9], "learnt": []}]}, "rows that each predict a token, got 1 of 1"),
+        ({"held_out_task": [{"input_ids": [-4, 9], "learnt": [1, 2]}]}, "token ids below 320.*got -4"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    retain: Retain, adapter_dir: Path, overrides: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        retain(adapter_dir, **overrides)
+
+
+def test_a_backbone_beside_a_model_is_refused(retain: Retain, adapted: PeftModel, knowing_backbone: Path) -> None:
+    with pytest.raises(ValueError, match="backbone: expected none beside a model"):
+        retain(adapted, backbone=str(knowing_backbone))
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="switched on and not merged"):
+        retain(adapted)
+
+
+def test_a_loss_that_is_not_finite_is_named(retain: Retain, adapted: PeftModel, general_rows: Rows) -> None:
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight[300] = torch.nan  # of a token that only one held-out row has
+    broken = {"input_ids": [300, 301, 302], "learnt": [1, 3]}
+    with pytest.raises(
+        FloatingPointError, match=r"unedited adapter, loss on general: expected finite numbers.* in row 12"
+    ):
+        retain(adapted, held_out_general={"general": [*general_rows(12, 8), broken]})

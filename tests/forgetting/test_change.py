@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grit_lightning.forgetting.change import mean_change
+from grit_lightning.forgetting.change import mean_change, mean_of_changes
 
 N = 400
 BOOTSTRAP_ERROR = 0.1  # relative; of an interval from 9,999 resamples of 400 units, against the normal one
@@ -56,3 +56,14 @@ def test_the_same_numbers_give_the_same_interval_and_leave_random_numbers_alone(
     now = np.random.get_state(legacy=False)["state"]
     assert now["pos"] == state["pos"]
     assert np.array_equal(now["key"], state["key"])
+
+
+def test_a_mean_over_sets_resamples_within_each() -> None:
+    """Sets that moved by other amounts, but each of them evenly, leave nothing to chance."""
+    one, two = torch.zeros(7), torch.zeros(3)
+    sets = [(one, one + 0.2, torch.ones(7)), (two, two, torch.ones(3))]
+    change, interval = mean_of_changes(sets, [0.25, 0.75])
+    assert change == pytest.approx(0.05)
+    assert interval == pytest.approx((0.05, 0.05))
+    assert mean_of_changes([sets[0]], [1.0]) == mean_change(one, one + 0.2, torch.ones(7))
+    assert mean_of_changes([(one[:1], one[:1], torch.ones(1))], [1.0])[1] is None
