@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+
+from grit_lightning.forgetting.change import mean_of_changes
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
@@ -64,21 +66,13 @@ def at_price(record: Record, method: str, price: float = PRICE) -> Mapping[str, 
 
 
 def interval(differences: Iterable[Array], tokens: Iterable[Array]) -> tuple[float, float, float]:
-    """Mean of differences over tokens with its paired 95% bootstrap interval over rows, sets weighted alike."""
-    pairs = list(zip(differences, tokens, strict=True))
-    scaled = np.concatenate([difference / count.sum() for difference, count in pairs]) / len(pairs)
-    weight = np.concatenate([count / count.sum() for _, count in pairs]) / len(pairs)
-    statistic = lambda d, w, axis=-1: d.sum(axis=axis) / w.sum(axis=axis)  # noqa: E731
-    found = bootstrap(
-        (scaled, weight),
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=4999,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(statistic(scaled, weight)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    """Mean over sets of differences over tokens, with its paired 95% bootstrap interval over rows, each set resampled within."""
+    sets = [
+        (torch.zeros(len(d)), torch.from_numpy(d), torch.from_numpy(n))
+        for d, n in zip(differences, tokens, strict=True)
+    ]
+    change, bounds = mean_of_changes(sets, [1 / len(sets)] * len(sets))
+    return change, *(bounds or (math.nan, math.nan))
 
 
 def by_recipe(records: Iterable[Record]) -> dict[str, list[Record]]:
