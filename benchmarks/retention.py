@@ -218,6 +218,8 @@ def run_training(args: argparse.Namespace, recipes: list[tuple[Recipe, int]]) ->
 
 ANSWERS = {"qnli": ("no", "yes"), "imdb": ("negative", "positive")}
 STRENGTHS = {"retention": (0.05, 0.1, 0.2, 0.5), "scaling": (0.176, 0.429, 1.0)}  # scaling: α 0.85, 0.7, 0.5
+WEAKER = {**STRENGTHS, "retention": (0.0003, 0.001, 0.003, 0.01)}
+"""For an adapter that has collapsed, of which the usual strengths leave nothing."""
 TASK_CALIBRATION, TASK_HELD_OUT, BLOCK = 64, 80, 192
 GENERAL_CALIBRATION, GENERAL_HELD_OUT = 16, 14
 """Blocks of each source."""
@@ -392,8 +394,8 @@ def run_fronts(args: argparse.Namespace) -> None:
             bench.backbone = backbone
             print(folder.name, flush=True)
             recipe, seed = folder.name.rsplit("-seed", 1)
-            main = recipe in {r.name for r in MAIN}
-            record = front_of(bench, folder, STRENGTHS if main else {})
+            strengths = STRENGTHS if recipe in {r.name for r in MAIN} else {}
+            record = front_of(bench, folder, WEAKER if recipe == MAIN[-1].name else strengths)
             backbone = bench.backbone
             record = {"recipe": recipe, "seed": int(seed), **record}
             write_text(args.work / "fronts" / f"{folder.name}.json", json.dumps(record))

@@ -71,8 +71,8 @@ def interval(differences: Iterable[Array], tokens: Iterable[Array]) -> tuple[flo
         (torch.zeros(len(d)), torch.from_numpy(d), torch.from_numpy(n))
         for d, n in zip(differences, tokens, strict=True)
     ]
-    change, bounds = mean_of_changes(sets, [1 / len(sets)] * len(sets))
-    return change, *(bounds or (math.nan, math.nan))
+    mean, bounds = mean_of_changes(sets, [1 / len(sets)] * len(sets))
+    return mean, *(bounds or (math.nan, math.nan))
 
 
 def by_recipe(records: Iterable[Record]) -> dict[str, list[Record]]:
