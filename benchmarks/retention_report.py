@@ -66,7 +66,7 @@ def at_price(record: Record, method: str, price: float = PRICE) -> Mapping[str, 
 
 
 def interval(differences: Iterable[Array], tokens: Iterable[Array]) -> tuple[float, float, float]:
-    """Mean over sets of differences over tokens, with its paired 95% bootstrap interval over rows, each set resampled within."""
+    """Mean over sets of differences over tokens, with its paired 95% bootstrap interval over rows of each set."""
     sets = [
         (torch.zeros(len(d)), torch.from_numpy(d), torch.from_numpy(n))
         for d, n in zip(differences, tokens, strict=True)
