@@ -16,18 +16,22 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grit_lightning.backbones.inputs import context_length
 from grit_lightning.editing.adapter import EditableAdapter, edited_factor
 from grit_lightning.editing.front import Front, FrontPoint, Target
 from grit_lightning.editing.measuring import HeldOut, Measurer, Metric
 from grit_lightning.editing.methods import METHODS
-from grit_lightning.editing.rows import Rows, require_disjoint, require_rows
+from grit_lightning.editing.rows import Rows
 from grit_lightning.editing.statistics import AdapterStatistics, Progress, measure_statistics
-from grit_lightning.errors import InvalidValueError, require
+from grit_lightning.errors import require
 from grit_lightning.export.front_figure import draw_front
 from grit_lightning.export.opening import AdapterSource, OpenAdapter, opened_adapter
 from grit_lightning.export.retention_card import retention_card
-from grit_lightning.geometry.retention import TOKENS_PER_RANK
+from grit_lightning.export.retention_checks import (
+    require_something_to_do,
+    require_usable_rows,
+    source_weights,
+    unmet_target,
+)
 from grit_lightning.runs.atomic import atomic_folder, require_free_folder, write_json
 
 
@@ -140,7 +144,8 @@ def retain_adapter(
         task_tolerance: Undo the most forgetting while the task's held-out loss rises by at most this, in nats per token; with a
             `task_metric`, while that falls by at most this.
         forgetting: Find the best task loss at which general text is at most this many nats per token above the backbone.
-        mu: Or the strength itself.
+        mu: Or the strength itself: what a nat of general text, for a token that is predicted, is worth in nats of the task, for a
+            token that is read.
         backbone: As in `load_backbone`, or a loaded model; None for what the adapter names.
         general_weights: Weight of each source in the statistics and in the mean over held-out sets, 1 where it has none.
         beside: Further held-out rows, which are reported and do not steer.
@@ -169,14 +174,14 @@ def retain_adapter(
         require("retain", name, number >= 1, "an integer ≥ 1", number)
     require("retain", "confidence", 0.0 < confidence < 1.0, "a number in (0, 1)", confidence)
     require("retain", "damping", 0.0 <= damping < math.inf, "a finite number ≥ 0", damping)
-    weights = _weights(general_rows, held_out_general, general_weights or {})
+    weights = source_weights(general_rows, held_out_general, general_weights or {})
     start = time.perf_counter()
     with opened_adapter(adapter, backbone) as opened:
         editable = EditableAdapter(opened.model, _dtypes(opened))
         held_out = [HeldOut("task", held_out_task, "task")]
         held_out += [HeldOut(name, rows, "general", weights[name]) for name, rows in held_out_general.items()]
         held_out += [HeldOut(name, rows, "beside") for name, rows in (beside or {}).items()]
-        _check(opened, editable, task_rows, general_rows, held_out)
+        require_usable_rows(editable, task_rows, general_rows, held_out)
         task = measure_statistics(opened.model, task_rows, batch_size, progress, "statistics of the task")
         parts = [
             measure_statistics(opened.model, rows, batch_size, progress, f"statistics of {name}")
@@ -185,10 +190,10 @@ def retain_adapter(
         general = AdapterStatistics.mixed(parts, [weights[name] for name in general_rows])
         measurer = Measurer(opened.model, held_out, 2 * batch_size, task_metric, confidence, progress)
         front = Front(editable, task, general, measurer, damping)
-        _require_work(front, target)
+        require_something_to_do(front, target)
         chosen = front.search(method, target, evaluations)
         if chosen is None:
-            raise _unmet(front, method, target)
+            raise unmet_target(front, method, target)
         others = [name for name in compare if name != method]
         level = Target("forgetting", chosen.general.change) if target.kind == "mu" else target
         peers = {name: front.search(name, level, evaluations) for name in others}
@@ -216,55 +221,10 @@ def retain_adapter(
         )
 
 
-def _weights(
-    calibration: Mapping[str, Rows], held_out: Mapping[str, Rows], given: Mapping[str, float]
-) -> dict[str, float]:
-    """Return the weight of every general source."""
-    names = list(dict.fromkeys([*calibration, *held_out]))
-    if "task" in names:
-        raise InvalidValueError("general_rows: expected names other than 'task', got a source of that name. Rename it.")
-    if unknown := sorted(given.keys() - set(names)):
-        raise InvalidValueError(f"general_weights: expected names among {', '.join(names)}, got {', '.join(unknown)}.")
-    for name, weight in given.items():
-        require("retain", f"general_weights of {name}", 0 < weight < math.inf, "a number > 0", weight)
-    return {**dict.fromkeys(names, 1.0), **given}
-
-
 def _dtypes(opened: OpenAdapter) -> dict[str, torch.dtype]:
     """Return the dtype of every B on file, by the layer's name in the model."""
     ending = ".lora_B.weight"
     return {name.removesuffix(ending): b.dtype for name, b in opened.tensors.items() if name.endswith(ending)}
-
-
-def _check(
-    opened: OpenAdapter, editable: EditableAdapter, task: Rows, general: Mapping[str, Rows], held_out: Sequence[HeldOut]
-) -> None:
-    if not general:
-        raise InvalidValueError("general_rows: expected at least one source of general text, got none. Give one.")
-    if not any(one.role == "general" for one in held_out):
-        raise InvalidValueError("held_out_general: expected at least one source of general text, got none. Give one.")
-    names = [one.name for one in held_out]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidValueError(
-            f"beside: expected names that no other held-out set has, got {', '.join(twice)} twice. Rename them."
-        )
-    embeddings = opened.model.get_input_embeddings()
-    known = getattr(
-        embeddings, "num_embeddings", opened.model.config.get_text_config().vocab_size
-    )  # or PEFT wraps them
-    limits: dict[str, Any] = {
-        "vocabulary": known,
-        "context": context_length(opened.model),
-    }
-    enough = TOKENS_PER_RANK * max(editable.ranks.values())
-    require_rows(task, "task_rows", **limits, least_tokens=enough)
-    for name, rows in general.items():
-        require_rows(rows, f"general_rows of {name}", **limits, least_tokens=enough)
-    for one in held_out:
-        require_rows(one.rows, f"held-out rows of {one.name}", **limits)
-    calibration = [row for rows in (task, *general.values()) for row in rows]
-    for one in held_out:
-        require_disjoint(calibration, one.rows, f"held-out rows of {one.name}")
 
 
 def _edited(opened: OpenAdapter, maps: Mapping[str, Tensor]) -> EditedAdapter:
@@ -273,49 +233,6 @@ def _edited(opened: OpenAdapter, maps: Mapping[str, Tensor]) -> EditedAdapter:
         name = f"{layer}.lora_B.weight"
         tensors[name] = edited_factor(tensors[name], x.cpu()).contiguous()
     return EditedAdapter(opened.config, tensors)
-
-
-def _require_work(front: Front, target: Target) -> None:
-    """Refuse a bound that the adapter keeps as it is, or that the backbone keeps too, for which nothing of it would be left.
-
-    Raises:
-        ValueError: If it does.
-    """
-    unedited, backbone = front.points[:2]
-    if target.kind == "task_tolerance" and backbone.within(target):
-        learnt = backbone.task.change if backbone.metric is None else -backbone.metric.change
-        raise InvalidValueError(
-            f"task_tolerance: expected less than what the adapter has learnt on the held-out rows, {learnt:.4f}, got "
-            f"{target.value:g}, which the backbone keeps too. Lower it. Nothing was written."
-        )
-    if target.kind == "forgetting" and unedited.within(target):
-        raise InvalidValueError(
-            f"forgetting: expected a bound below what the adapter has forgotten, {unedited.general.change:+.4f} nats, "
-            f"got {target.value:g}, which it keeps as it is. Lower it, or leave the adapter "
-            "alone. Nothing was written."
-        )
-
-
-def _unmet(front: Front, method: str, target: Target) -> InvalidValueError:
-    tried = front.of(method)
-    if target.kind == "forgetting":
-        best = min(tried, key=lambda p: p.general.change)
-        return InvalidValueError(
-            f"forgetting: expected a bound that some strength keeps, got {target.value:g}: the least that was measured is "
-            f"{_up(best.general.change):+.4f} nats per token above the backbone, at μ {best.mu:.3g}. Raise it to "
-            "that. Nothing was written."
-        )
-    best = min(tried, key=lambda p: p.mu)
-    cost = best.task.change if best.metric is None else -best.metric.change
-    return InvalidValueError(
-        f"task_tolerance: expected a bound that some strength keeps, got {target.value:g}: the weakest edit that was measured, "
-        f"μ {best.mu:.3g}, costs {_up(cost):.4f}. Raise it to that. Nothing was written."
-    )
-
-
-def _up(value: float) -> float:
-    """Round up to what is shown, so that it is a bound that is kept."""
-    return math.ceil(value * 1e4) / 1e4
 
 
 def _sizes(sets: Mapping[str, Rows]) -> dict[str, dict[str, int]]:
