@@ -144,8 +144,8 @@ def retain_adapter(
         task_tolerance: Undo the most forgetting while the task's held-out loss rises by at most this, in nats per token; with a
             `task_metric`, while that falls by at most this.
         forgetting: Find the best task loss at which general text is at most this many nats per token above the backbone.
-        mu: Or the strength itself: what a nat of general text, for a token that is predicted, is worth in nats of the task, for a
-            token that is read.
+        mu: Or the strength itself: what a nat of general text (for each predicted token) is worth in nats of the task (for
+            each token that is read).
         backbone: As in `load_backbone`, or a loaded model; None for what the adapter names.
         general_weights: Weight of each source in the statistics and in the mean over held-out sets, 1 where it has none.
         beside: Further held-out rows, which are reported and do not steer.

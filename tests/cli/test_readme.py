@@ -31,13 +31,14 @@ def commands(program: str) -> list[list[str]]:
     return [words[1:] for words in lines if words and words[0] == program]
 
 
-OWN_FILE = [words for words in commands("grit") if "mine.jsonl" in words or "--ckpt_path" in words]
+RETAIN = [words for words in commands("grit") if words[0] == "retain"]
+OWN_FILE = [w for w in commands("grit") if ("mine.jsonl" in w or "--ckpt_path" in w) and w not in RETAIN]
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert commands("pip") == [["install", "."]]  # what test_packaging does with the wheel
-    assert len(lines) == 1 + len(commands("make")) + len(commands("grit")) == 9
+    assert len(lines) == 1 + len(commands("make")) + len(commands("grit")) == 10
     assert [words[0] for words in OWN_FILE] == ["data", "plan", "fit", "test", "export"]
 
 
@@ -63,9 +64,16 @@ def test_the_commands_for_your_own_file_lead_from_it_to_an_adapter(
     assert "training row 1 of" in shown
     assert "Run finished" in shown
     assert Path("mine/adapter_config.json").is_file()
+    Path("wiki.txt").write_text("\n\n".join(f"Paragraph {n} of what everybody knows. " * 8 for n in range(40)))
+    (words,) = RETAIN
+    bound = words.index("--task_tolerance")
+    words = [*words[:bound], "--mu", "0.1", *words[bound + 2 :]]  # two steps have learnt less than any tolerance
+    sizes = ["--block_size=32", "--calibration_rows=20", "--calibration_blocks=8", "--held_out_blocks=4"]
+    main([*words, "--backbone", str(tiny_backbone_dir), "--model.dtype=float32", *sizes])
+    assert Path("mine-retained/adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize("words", [words for words in commands("grit") if words not in OWN_FILE], ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in commands("grit") if words not in OWN_FILE + RETAIN], ids=" ".join)
 def test_grit_commands_train(words: list[str], tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*words, *tiny, "--trainer.fast_dev_run=2"])
     assert "Run finished" in capsys.readouterr().out
