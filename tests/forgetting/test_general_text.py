@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from grit_lightning.errors import InvalidValueError, MissingFileError
-from grit_lightning.forgetting.general_text import GeneralRows, GeneralText, read_general
+from grit_lightning.forgetting.general_source import GeneralText, open_text
+from grit_lightning.forgetting.general_text import GeneralRows, read_general
 
 EOS = 2
 
@@ -95,6 +96,56 @@ def test_a_text_file_is_divided_into_passages(tmp_path: Path, tiny_tokenizer: Pr
     numbers = [{tiny_tokenizer.decode(row["input_ids"])[5:10] for row in rows} for rows in found[:2]]
     assert len(found.calibration) < 4000  # as many as there are
     assert not {text for text in numbers[0] if text.strip().isdigit()} & numbers[1]
+
+
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_line_without_an_end_is_cut_into_passages_too(between: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    text = between.join(f"{n:05}" for n in range(6000))
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "two.txt").write_text("short\n" * 1400 + text)
+
+    for name in ("one.txt", "two.txt"):
+        opened = open_text(GeneralText(str(tmp_path / name)), tiny_tokenizer, 16, 0.3, 0)
+        sides = [opened.for_calibration, opened.for_measuring]
+        passages = {number: row for side in sides for number, row in zip(side.numbers, side.table["text"], strict=True)}
+        assert "".join(passages[n] for n in sorted(passages)) == (tmp_path / name).read_text()
+        assert max(map(len, passages.values())) < 9000
+        assert all(len(passage) % (5 + len(between)) == 0 for passage in list(passages.values())[:3]) or not between
+        assert len(sides[1].table) >= 1
+
+
+def test_a_folder_with_files_of_two_types_is_refused(texts: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "more.txt").write_text("some text\n" * 2000)
+    with pytest.raises(
+        InvalidValueError, match=r"expected files of one type in a folder, got \.jsonl, \.txt\. Give each"
+    ):
+        read(tiny_tokenizer, str(tmp_path))
+    Path(texts).rename(tmp_path / "_aside.jsonl")
+    (tmp_path / "more.md").write_text("some more\n" * 2000)
+    assert read(tiny_tokenizer, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ("wiki.v1.txt", "wiki.v1"),
+        (".hidden.txt", ".hidden"),
+        ("c4.jsonl.gz", "c4"),
+        ("news/test.jsonl", "news"),
+        ("my.texts", "my.texts"),
+        ("owner/wikitext-2.raw", "wikitext-2.raw"),
+        ("/", "text"),
+    ],
+)
+def test_results_are_called_by_the_stem_of_a_file(source: str, label: str) -> None:
+    assert GeneralText(source).label == label
+
+
+def test_a_folder_without_a_name_is_called_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    assert GeneralText(".").label == "in"
+    assert GeneralText("..").label == tmp_path.name
 
 
 def test_a_folder_with_splits_gives_training_rows_to_calibrate_and_validation_rows_to_measure(
@@ -186,16 +237,24 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, tiny_tokenizer: PreTrain
     ):
         read(tiny_tokenizer, numbers)
     one = write(tmp_path / "one.jsonl", [{"text": "alone"}])
-    with pytest.raises(InvalidValueError, match="expected at least two documents"):
+    with pytest.raises(InvalidValueError, match=r"expected at least two documents, .*got 1\. Give"):
         read(tiny_tokenizer, one)
+    (tmp_path / "brief.txt").write_text("a" * 50)
+    with pytest.raises(
+        InvalidValueError, match=r"two documents, .*got 1 of 50 characters, and a passage has about 4,000"
+    ):
+        read(tiny_tokenizer, str(tmp_path / "brief.txt"))
     short = write(tmp_path / "short.jsonl", [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(InvalidValueError, match="expected a block of 16 tokens for calibration rows"):
+    with pytest.raises(InvalidValueError, match=r"16 tokens for calibration rows, got 2 tokens in 1 document\. Give"):
         read(tiny_tokenizer, short)
     same = write(tmp_path / "same.jsonl", [{"text": "a" * 30}] * 4)
-    with pytest.raises(InvalidValueError, match="expected a block of 16 tokens for held-out rows"):
+    nothing_new = "for held-out rows, got 0 tokens in 0 documents, beside 1 that are among the calibration rows"
+    with pytest.raises(InvalidValueError, match=nothing_new):
         read(tiny_tokenizer, same)
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 30, "completion": "b"}] * 4)
-    with pytest.raises(InvalidValueError, match="expected a conversation of at most 16 tokens"):
+    with pytest.raises(
+        InvalidValueError, match=r"a conversation of at most 16 tokens .*got 3 conversations that are none"
+    ):
         read(tiny_tokenizer, long)
 
 
