@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from grit_lightning.cli.retain_text import Doing
     from grit_lightning.cli.settings_only import SettingsCLI
     from grit_lightning.export.retention import RetentionResult
-    from grit_lightning.forgetting.general_text import GeneralRows, GeneralText
+    from grit_lightning.forgetting.general_source import GeneralText
+    from grit_lightning.forgetting.general_text import GeneralRows, Row
 
 # Everything that needs torch is imported where it is used: help and errors in the words can do without it.
 
@@ -145,7 +146,8 @@ def _general(
     import torch
 
     from grit_lightning.backbones.loading import load_backbone
-    from grit_lightning.forgetting.general_text import GeneralText, read_general
+    from grit_lightning.forgetting.general_source import GeneralText
+    from grit_lightning.forgetting.general_text import read_general
 
     sources = [GeneralText.parse(words) for words in own.general]
     tokenizer = _tokenizer(cli)
@@ -169,23 +171,25 @@ def _self_written(
     from grit_lightning.forgetting.general_text import GeneralRows
     from grit_lightning.forgetting.self_written import write_general
 
-    sides = [
-        write_general(
+    def write(name: str, count: int, seed: int, apart_from: Sequence[Row] = ()) -> list[Row]:
+        return write_general(
             backbone,
             tokenizer,
             count,
             block_size=own.block_size,
             batch_size=max(own.batch_size, 16),  # nothing is kept for a backward pass
-            seed=seed + number,
-            progress=lambda _, done, total, name=name: doing(name, done, total),  # type: ignore[misc]
+            seed=seed,
+            apart_from=apart_from,
+            progress=lambda _, done, total: doing(name, done, total),
         )
-        for number, (name, count) in enumerate(
-            {"text of its own": own.calibration_blocks, "text of its own, held out": own.held_out_blocks}.items()
-        )
-    ]
-    talks = sum(row["learnt"][0] > 1 for row in sides[0])
-    remark = f"{len(sides[0])} rows that the base model has written ({talks} conversations), {len(sides[1])} held out"
-    return GeneralRows(sides[0], sides[1], source.weight, remark)
+
+    calibration = write("text of its own", own.calibration_blocks, seed)
+    held_out = write("text of its own, held out", own.held_out_blocks, seed + 1, calibration)
+    talks = sum(row["learnt"][0] > 1 for row in calibration)
+    remark = (
+        f"{len(calibration)} rows that the base model has written ({talks} conversations), {len(held_out)} held out"
+    )
+    return GeneralRows(calibration, held_out, source.weight, remark)
 
 
 def _tokenizer(cli: SettingsCLI) -> Any:
