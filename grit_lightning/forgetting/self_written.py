@@ -91,7 +91,7 @@ def write_general(
                 written += new
                 if progress is not None:
                     progress(NAME, len(written), rows)
-    if not written:
+    if rows and not written:
         raise InvalidValueError(
             f"Self-written text: expected a model that writes more than the {len(known)} rows that statistics are taken from, "
             f"got one that has written nothing else in {_DRAWS * rows} rows. Give text instead."
