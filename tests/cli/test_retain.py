@@ -18,10 +18,11 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.cli.program import main
-from grit_lightning.cli.retain import _is_on, _write
+from grit_lightning.cli.retain import _is_on, _self_written, _write
 from grit_lightning.cli.retain_text import Doing, console_for, print_front, verdict
 from grit_lightning.cli.retain_words import backbone_words, output_folder
 from grit_lightning.editing import Change, FrontPoint
+from grit_lightning.forgetting import GeneralText
 
 Run = Callable[..., str]
 
@@ -162,6 +163,24 @@ def test_several_texts_have_weights_and_the_base_model_writes_one(home: Path, tm
     }
     assert found["held_out"]["self"]["rows"] == 8
     assert found["chosen"]["mu"] == 0.1
+
+
+def test_what_the_base_model_writes_to_measure_on_is_apart_from_what_it_wrote_for_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def write(*_: Any, seed: int, apart_from: Any, **options: Any) -> list[dict[str, list[int]]]:
+        asked.append((seed, list(apart_from)))
+        return [{"input_ids": [seed, 2], "learnt": [1, 2]}] * 3
+
+    monkeypatch.setattr("grit_lightning.forgetting.self_written.write_general", write)
+    own = SimpleNamespace(block_size=2, batch_size=4, calibration_blocks=3, held_out_blocks=5)
+
+    rows = _self_written(own, GeneralText("self", 2.0), None, None, 7, Doing(Console()))
+
+    assert asked == [(7, []), (8, rows.calibration)]
+    assert rows.remark.endswith("3 held out and not 5, as it went on writing the same")
 
 
 def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
