@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from grit_lightning.errors import InvalidValueError, MissingFileError
-from grit_lightning.forgetting.general_source import GeneralText, open_text
+from grit_lightning.forgetting.general_source import GeneralText
 from grit_lightning.forgetting.general_text import GeneralRows, read_general
 
 EOS = 2
@@ -98,22 +98,6 @@ def test_a_text_file_is_divided_into_passages(tmp_path: Path, tiny_tokenizer: Pr
     assert not {text for text in numbers[0] if text.strip().isdigit()} & numbers[1]
 
 
-@pytest.mark.parametrize("between", [" ", ""])
-def test_a_line_without_an_end_is_cut_into_passages_too(between: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
-    text = between.join(f"{n:05}" for n in range(6000))
-    (tmp_path / "one.txt").write_text(text)
-    (tmp_path / "two.txt").write_text("short\n" * 1400 + text)
-
-    for name in ("one.txt", "two.txt"):
-        opened = open_text(GeneralText(str(tmp_path / name)), tiny_tokenizer, 16, 0.3, 0)
-        sides = [opened.for_calibration, opened.for_measuring]
-        passages = {number: row for side in sides for number, row in zip(side.numbers, side.table["text"], strict=True)}
-        assert "".join(passages[n] for n in sorted(passages)) == (tmp_path / name).read_text()
-        assert max(map(len, passages.values())) < 9000
-        assert all(len(passage) % (5 + len(between)) == 0 for passage in list(passages.values())[:3]) or not between
-        assert len(sides[1].table) >= 1
-
-
 def test_a_folder_with_files_of_two_types_is_refused(texts: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
     (tmp_path / "more.txt").write_text("some text\n" * 2000)
     with pytest.raises(
@@ -123,29 +107,6 @@ def test_a_folder_with_files_of_two_types_is_refused(texts: str, tmp_path: Path,
     Path(texts).rename(tmp_path / "_aside.jsonl")
     (tmp_path / "more.md").write_text("some more\n" * 2000)
     assert read(tiny_tokenizer, str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("source", "label"),
-    [
-        ("wiki.v1.txt", "wiki.v1"),
-        (".hidden.txt", ".hidden"),
-        ("c4.jsonl.gz", "c4"),
-        ("news/test.jsonl", "news"),
-        ("my.texts", "my.texts"),
-        ("owner/wikitext-2.raw", "wikitext-2.raw"),
-        ("/", "text"),
-    ],
-)
-def test_results_are_called_by_the_stem_of_a_file(source: str, label: str) -> None:
-    assert GeneralText(source).label == label
-
-
-def test_a_folder_without_a_name_is_called_by_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "in").mkdir()
-    monkeypatch.chdir(tmp_path / "in")
-    assert GeneralText(".").label == "in"
-    assert GeneralText("..").label == tmp_path.name
 
 
 def test_a_folder_with_splits_gives_training_rows_to_calibrate_and_validation_rows_to_measure(
@@ -189,20 +150,6 @@ def test_sources_of_the_same_name_are_told_apart(texts: str, tmp_path: Path, tin
         "texts2",
         "task2",
     ]  # the task's rows have that name
-
-
-@pytest.mark.parametrize(
-    ("words", "source", "weight", "config"),
-    [
-        ("wiki.txt", "wiki.txt", 1.0, None),
-        ("wiki.txt:2", "wiki.txt", 2.0, None),
-        ("C:/wiki.txt", "C:/wiki.txt", 1.0, None),
-        ("allenai/c4/en:0.5", "allenai/c4", 0.5, "en"),
-        ("data/texts/wiki.txt", "data/texts/wiki.txt", 1.0, None),
-    ],
-)
-def test_what_stands_on_a_command_line(words: str, source: str, weight: float, config: str | None) -> None:
-    assert GeneralText.parse(words) == GeneralText(source, weight, hub_config=config)
 
 
 def test_a_table_on_the_hub_is_asked_for_with_its_configuration(
