@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from grit_lightning.cli.retain_words import SELF, TARGETS, backbone_words, check_words, output_folder, retain_parser
 from grit_lightning.cli.run_words import settle
 from grit_lightning.errors import InvalidValueError
+from grit_lightning.runs.atomic import replaced_folder, require_writable
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from grit_lightning.cli.retain_rows import TaskRows
     from grit_lightning.cli.retain_text import Doing
     from grit_lightning.cli.settings_only import SettingsCLI
     from grit_lightning.export.retention import RetentionResult
-    from grit_lightning.forgetting.general_text import GeneralRows, GeneralText
+    from grit_lightning.forgetting.general_source import GeneralText
+    from grit_lightning.forgetting.general_text import GeneralRows, Row
 
 # Everything that needs torch is imported where it is used: help and errors in the words can do without it.
 
@@ -32,6 +34,7 @@ def retain_command(words: Sequence[str]) -> None:
     own, rest = parser.split(words)
     check_words(parser, own)
     output = output_folder(own)
+    require_writable(output)
     if own.adapter is not None:
         backbone = backbone_words(own.adapter, own.backbone)  # what is wrong with the folder is said before the data
         settled = [*settle("fit", rest), *backbone]
@@ -60,12 +63,15 @@ def _retained(own: argparse.Namespace, words: Sequence[str], doing: Doing) -> tu
     """Read everything, and edit the adapter; nothing is written."""
     from grit_lightning.cli.settings_only import SettingsCLI
     from grit_lightning.export.retention import retain_adapter
+    from grit_lightning.forgetting.general_source import GeneralText
 
     peers = _peers(own.compare)
+    device = _device(own.device)
+    sources = [GeneralText.parse(words) for words in own.general]
     cli = SettingsCLI(words)
     seed = int(cli.config["fit"].seed_everything)
     task = _task(own, cli, seed)
-    backbone, general = _general(own, cli, seed, doing)
+    backbone, general = _general(own, cli, seed, sources, device, doing)
     for remark in [*task.remarks, *(f"{name}: {rows.remark}" for name, rows in general.items())]:
         doing.say(remark)
     result = retain_adapter(
@@ -86,17 +92,12 @@ def _retained(own: argparse.Namespace, words: Sequence[str], doing: Doing) -> tu
 
 
 def _write(result: RetentionResult, output: Path) -> None:
-    """Write the folder; one that is there already is put aside, and comes back if that fails."""
+    """Write the folder; one that is there already stays until the new one is whole."""
     if not output.is_dir() or not any(output.iterdir()):
         result.save(output)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
-        before = output.rename(Path(aside) / output.name)
-        try:
-            result.save(output)
-        except BaseException:
-            before.rename(output)
-            raise
+    with replaced_folder(output) as new:
+        result.save(new)
 
 
 def _peers(named: Sequence[str]) -> list[str]:
@@ -139,15 +140,17 @@ def _task(own: argparse.Namespace, cli: SettingsCLI, seed: int) -> TaskRows:
 
 
 def _general(
-    own: argparse.Namespace, cli: SettingsCLI, seed: int, doing: Doing
+    own: argparse.Namespace,
+    cli: SettingsCLI,
+    seed: int,
+    sources: Sequence[GeneralText],
+    device: torch.device,
+    doing: Doing,
 ) -> tuple[PreTrainedModel, dict[str, GeneralRows]]:
     """Read general text, load the backbone, and have it write its own text if that is asked for."""
-    import torch
-
     from grit_lightning.backbones.loading import load_backbone
-    from grit_lightning.forgetting.general_text import GeneralText, read_general
+    from grit_lightning.forgetting.general_text import read_general
 
-    sources = [GeneralText.parse(words) for words in own.general]
     tokenizer = _tokenizer(cli)
     texts = [source for source in sources if source.source != SELF]
     written = [source for source in sources if source.source == SELF]
@@ -155,12 +158,35 @@ def _general(
     general = read_general(texts, tokenizer, **sizes, seed=seed)
     options = {**cli.model.backbone_options, "gradient_checkpointing": False}
     backbone = load_backbone(**options)
-    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if backbone.device != torch.device(device):
+    if not _is_on(backbone.device, device):
         backbone.to(device)
     if written:
         general[SELF] = _self_written(own, written[0], backbone, tokenizer, seed, doing)
     return backbone, general
+
+
+def _device(name: str | None) -> torch.device:
+    """Return where to compute, where something has been computed.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second without CUDA, the third of `meta`
+        raise InvalidValueError(
+            f"--device: expected a device that torch can compute on here, such as cpu, cuda or cuda:0, got {name!r}. "
+            f"torch says: {str(error).splitlines()[0]}"
+        ) from error
+    return torch.device(name)
+
+
+def _is_on(found: torch.device, wanted: torch.device) -> bool:
+    """Whether a device is the one that is wanted; `cuda` is any GPU."""
+    return found.type == wanted.type and wanted.index in (None, found.index)
 
 
 def _self_written(
@@ -169,23 +195,27 @@ def _self_written(
     from grit_lightning.forgetting.general_text import GeneralRows
     from grit_lightning.forgetting.self_written import write_general
 
-    sides = [
-        write_general(
+    def write(name: str, count: int, seed: int, apart_from: Sequence[Row] = ()) -> list[Row]:
+        return write_general(
             backbone,
             tokenizer,
             count,
             block_size=own.block_size,
             batch_size=max(own.batch_size, 16),  # nothing is kept for a backward pass
-            seed=seed + number,
-            progress=lambda _, done, total, name=name: doing(name, done, total),  # type: ignore[misc]
+            seed=seed,
+            apart_from=apart_from,
+            progress=lambda _, done, total: doing(name, done, total),
         )
-        for number, (name, count) in enumerate(
-            {"text of its own": own.calibration_blocks, "text of its own, held out": own.held_out_blocks}.items()
-        )
-    ]
-    talks = sum(row["learnt"][0] > 1 for row in sides[0])
-    remark = f"{len(sides[0])} rows that the base model has written ({talks} conversations), {len(sides[1])} held out"
-    return GeneralRows(sides[0], sides[1], source.weight, remark)
+
+    calibration = write("text of its own", own.calibration_blocks, seed)
+    held_out = write("text of its own, held out", own.held_out_blocks, seed + 1, calibration)
+    talks = sum(row["learnt"][0] > 1 for row in calibration)
+    remark = (
+        f"{len(calibration)} rows that the base model has written ({talks} conversations), {len(held_out)} held out"
+    )
+    if len(held_out) < own.held_out_blocks:
+        remark += f" and not {own.held_out_blocks}, as it went on writing the same"
+    return GeneralRows(calibration, held_out, source.weight, remark)
 
 
 def _tokenizer(cli: SettingsCLI) -> Any:

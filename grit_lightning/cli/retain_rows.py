@@ -21,11 +21,11 @@ from grit_lightning.datamodules.pipeline.batch_rows import rows_of_batches
 from grit_lightning.datamodules.pipeline.rows import RowsDataModule
 from grit_lightning.datamodules.pipeline.splits import draw
 from grit_lightning.editing.measuring import Metric
+from grit_lightning.editing.rows import Row
 from grit_lightning.errors import InvalidValueError, did_you_mean
 from grit_lightning.evaluation.choices import choice_scores
 from grit_lightning.evaluation.generated_answers import AnswerEvaluation
 from grit_lightning.evaluation.generation import GenerationSettings
-from grit_lightning.forgetting.general_text import Row
 
 ACCURACY = "accuracy"
 GENERATED: Mapping[str, tuple[str, ...]] = {

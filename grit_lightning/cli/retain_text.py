@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from grit_lightning.export.retention_card import shown
+
 if TYPE_CHECKING:
     from grit_lightning.editing.front import FrontPoint
     from grit_lightning.editing.measuring import Change
@@ -83,7 +85,7 @@ def print_front(console: Console, result: RetentionResult, sources: Sequence[str
     if not console.is_terminal:
         table.box, table.padding = None, (0, 2, 0, 0)
     for point in points:
-        chosen = point == result.chosen
+        chosen = (point.method, point.mu) == (result.chosen.method, result.chosen.mu)
         changes = [point.task, *([point.metric] if point.metric else []), *(point.beside[name] for name in sources)]
         changes += [point.general] * (len(sources) > 1)
         cells = (_cell(change, "\n" if console.is_terminal else " ") for change in changes)
@@ -108,22 +110,16 @@ def label(point: FrontPoint) -> str:
 
 def _cell(change: Change, joint: str) -> str:
     """Write a loss or a metric and its change, and then the interval of that, if there is one to speak of."""
-    text = f"{change.value:.4f} {change.change:+.4f}"
-    if change.interval is None or not any(change.interval):
-        return text
-    low, high = change.interval
-    return f"{text}{joint}({low:+.4f} … {high:+.4f})"
+    return f"{change.value:.4f} {shown(change)}".replace(" (", f"{joint}(")
 
 
 def verdict(result: RetentionResult) -> str:
     """Say in one sentence what was reached."""
-    from grit_lightning.export.retention_card import shown
-
     chosen, before = result.chosen, result.front[0].general.change
     after = chosen.general.change
     cost = f"the task's loss changes by {shown(chosen.task)}"
     if chosen.metric is not None:
-        cost += f" and its metric by {shown(chosen.metric)}"
+        cost += f" and its metric, which the bound of {result.target.value:g} is on, by {shown(chosen.metric)}"
     strength = f"μ {chosen.mu:.3g}" if math.isfinite(chosen.mu) else "the base model"
     if before <= 0:
         return f"The adapter had forgotten nothing of this text ({before:+.4f} nats per token); at {strength} {cost}."

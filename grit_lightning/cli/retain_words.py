@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from pathlib import Path
 
 from grit_lightning.cli.plain_parser import FitWordsParser
@@ -104,6 +106,8 @@ def check_words(parser: FitWordsParser, own: argparse.Namespace) -> None:
         value = getattr(own, name)
         if value is not None and not 0 <= value < float("inf"):
             parser.error(f"--{name}: expected a number of at least 0, got {value}.")
+    if own.forgetting is not None and not math.isfinite(own.forgetting):
+        parser.error(f"--forgetting: expected a finite number, got {own.forgetting}.")
     if sum(words.partition(":")[0] == SELF for words in own.general) > 1:
         parser.error("--general self: expected it once, got it several times. Leave it out but once.")
     if own.task_metric is not None and own.task_tolerance is None:
@@ -141,6 +145,11 @@ def backbone_words(folder: str, given: str | None) -> list[str]:
         ValueError: It holds another kind of adapter, or names no backbone.
     """
     file = Path(folder) / "adapter_config.json"
+    if not Path(folder).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder):
+        raise MissingFileError(
+            f"--adapter: expected a folder, got {folder}, which does not exist. A hub id is not taken: download it first, with "
+            f"`hf download {folder} --local-dir DIR`, and name that folder."
+        )
     if not file.is_file():
         raise MissingFileError(
             f"--adapter: expected a folder with adapter_config.json, as PEFT writes it, got {folder}, which has none."

@@ -5,12 +5,14 @@
     likelihood.py                        token sequences → log-likelihoods, over all processes
     without_trace.py                     evaluating in the middle of training without leaving a trace
     change.py                            two measurements → the change, with an interval
+    general_source.py                    where general text comes from, and its documents on two sides
     general_text.py, self_written.py     general text as rows, to take statistics from and to measure on
 
 When it is measured is up to `callbacks.ForgettingProbe`.
 """
 
-from grit_lightning.forgetting.general_text import GeneralRows, GeneralText, read_general
+from grit_lightning.forgetting.general_source import GeneralText
+from grit_lightning.forgetting.general_text import GeneralRows, read_general
 from grit_lightning.forgetting.self_written import write_general
 from grit_lightning.forgetting.text import TextData
 from grit_lightning.forgetting.zero_shot import ZeroShotTask

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grit_lightning.backbones.inputs import require_context
+from grit_lightning.backbones.inputs import context_length, require_context
 from grit_lightning.datamodules.pipeline.chat_template import ChatTemplate
 from grit_lightning.datamodules.pipeline.collate import pad
 from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
@@ -30,6 +30,7 @@ from grit_lightning.forgetting.general_text import BLOCK_SIZE, Row
 
 Progress = Callable[[str, int, int], None]
 NAME = "text of the model's own"
+_DRAWS = 4  # times as many rows as are wanted, at most: then the model writes nothing new
 _USER = "\U0010fffb"  # no template has it
 
 
@@ -42,6 +43,7 @@ def write_general(
     block_size: int = BLOCK_SIZE,
     batch_size: int = 8,
     seed: int = 0,
+    apart_from: Iterable[Row] = (),
     progress: Progress | None = None,
 ) -> list[Row]:
     """Have a backbone write general text, without its adapter.
@@ -56,13 +58,16 @@ def write_general(
         block_size: Tokens of a block, and the most of a conversation.
         batch_size: Rows that are written together; other sizes draw other rows.
         seed: Determines what is drawn.
+        apart_from: Rows not to return again, such as those that statistics are taken from where these are to measure on.
         progress: Is told what is written, how many rows of it are there, and how many there will be.
 
     Returns:
-        Rows, blocks before conversations. In a block every token but the first counts, in a conversation the answer.
+        Rows, blocks before conversations; fewer where the model goes on writing those of `apart_from`. In a block every token
+        but the first counts, in a conversation the answer.
 
     Raises:
-        ValueError: The model cannot generate, has too small a context, or the tokenizer has no token to begin with.
+        ValueError: The model cannot generate, has too small a context, or writes nothing but `apart_from`, or the tokenizer has
+            no token to begin with.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     can_generate = getattr(base, "can_generate", None)
@@ -76,16 +81,36 @@ def write_general(
     kinds = [(partial(_blocks, base, _first(tokenizer), block_size), rows - talks)]
     if chat is not None:
         kinds.append((partial(_conversations, base, chat, block_size), talks))
+    known = {tuple(row["input_ids"]) for row in apart_from}
     written: list[Row] = []
     off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with isolate_rng(), off, _sampling(base):
         torch.manual_seed(seed)
         for write, count in kinds:
-            for start in range(0, count, batch_size):
-                written += write(min(batch_size, count - start))
+            for new in _new_rows(write, count, batch_size, known):
+                written += new
                 if progress is not None:
                     progress(NAME, len(written), rows)
+    if rows and not written:
+        raise InvalidValueError(
+            f"Self-written text: expected a model that writes more than the {len(known)} rows that statistics are taken from, "
+            f"got one that has written nothing else in {_DRAWS * rows} rows. Give text instead."
+        )
+    if progress is not None and len(written) < rows:
+        progress(NAME, len(written), len(written))
     return written
+
+
+def _new_rows(
+    write: Callable[[int], list[Row]], count: int, batch_size: int, known: Collection[tuple[int, ...]]
+) -> Iterator[list[Row]]:
+    """Yield rows until there are `count` that are not known, or too many have been drawn."""
+    found = drawn = 0
+    while found < count and drawn < _DRAWS * count:
+        size = min(batch_size, count - found)
+        new = [row for row in write(size) if tuple(row["input_ids"]) not in known]
+        found, drawn = found + len(new), drawn + size
+        yield new
 
 
 @dataclass(frozen=True)
@@ -148,12 +173,18 @@ def _conversations(base: PreTrainedModel, chat: _Chat, block_size: int, count: i
 def _continue(
     base: PreTrainedModel, prompts: Sequence[list[int]], length: int, ends: frozenset[int] = frozenset()
 ) -> list[list[int]]:
-    """Continue prompts up to `length` tokens, prompt included, or until all have come to an end."""
+    """Continue prompts up to `length` tokens, prompt included, or until all have come to an end.
+
+    A short prompt stands behind padding and so needs more columns; where the context has no more, it is continued by less.
+    """
     device = base.get_input_embeddings().weight.device
     sequences = [torch.tensor(ids) for ids in prompts]
     inputs = pad(sequences, 0, "left").to(device)
     mask = pad([torch.ones_like(ids) for ids in sequences], 0, "left").to(device)
-    new = _generate(base, inputs, mask, length - min(map(len, prompts)), ends)
+    tokens, context = length - min(map(len, prompts)), context_length(base)
+    if context is not None:
+        tokens = min(tokens, context - inputs.shape[1])
+    new = _generate(base, inputs, mask, tokens, ends)
     return [(ids + more)[:length] for ids, more in zip(prompts, new.tolist(), strict=True)]
 
 

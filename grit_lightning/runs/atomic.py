@@ -96,8 +96,54 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: Nothing can be written there.
     """
-    home = next(parent for parent in folder.parents if parent.exists())
+    home = _home(folder)
     new = folder.relative_to(home)
+    with _scratch(folder) as scratch:
+        unfinished = scratch / new
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.replace(scratch / new.parts[0], home / new.parts[0])
+
+
+def require_writable(folder: Path) -> None:
+    """Check that a folder could be made, before the work for what it is to hold is done; nothing is left behind.
+
+    Raises:
+        OSError: It could not.
+    """
+    with _scratch(folder):
+        pass
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which takes the place of `folder` when the block ends without error.
+
+    What was there stays until then, makes way in two renames, and comes back if the second one fails.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    with _scratch(folder) as scratch:
+        new = scratch / folder.name
+        yield new
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".before", dir=folder.parent))
+        try:
+            os.rename(folder, aside / folder.name)
+            try:
+                os.rename(new, folder)
+            except BaseException:
+                os.rename(aside / folder.name, folder)
+                raise
+        finally:
+            if folder.exists():  # else all that there is of it is there
+                shutil.rmtree(aside)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder beside where `folder` is to be, on the same disk, and take it away again."""
+    home = _home(folder)
     try:
         scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".unfinished", dir=home)
     except OSError as error:
@@ -106,10 +152,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             "permissions."
         ) from error
     with scratch:
-        unfinished = Path(scratch.name) / new
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        os.replace(Path(scratch.name) / new.parts[0], home / new.parts[0])
+        yield Path(scratch.name)
+
+
+def _home(folder: Path) -> Path:
+    return next(parent for parent in folder.parents if parent.exists())
 
 
 def _unfinished(path: Path) -> Path:

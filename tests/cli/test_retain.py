@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,11 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.cli.program import main
-from grit_lightning.cli.retain import _write
-from grit_lightning.cli.retain_text import Doing, verdict
+from grit_lightning.cli.retain import _is_on, _self_written, _write
+from grit_lightning.cli.retain_text import Doing, console_for, print_front, verdict
 from grit_lightning.cli.retain_words import backbone_words, output_folder
 from grit_lightning.editing import Change, FrontPoint
+from grit_lightning.forgetting import GeneralText
 
 Run = Callable[..., str]
 
@@ -162,6 +165,24 @@ def test_several_texts_have_weights_and_the_base_model_writes_one(home: Path, tm
     assert found["chosen"]["mu"] == 0.1
 
 
+def test_what_the_base_model_writes_to_measure_on_is_apart_from_what_it_wrote_for_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def write(*_: Any, seed: int, apart_from: Any, **options: Any) -> list[dict[str, list[int]]]:
+        asked.append((seed, list(apart_from)))
+        return [{"input_ids": [seed, 2], "learnt": [1, 2]}] * 3
+
+    monkeypatch.setattr("grit_lightning.forgetting.self_written.write_general", write)
+    own = SimpleNamespace(block_size=2, batch_size=4, calibration_blocks=3, held_out_blocks=5)
+
+    rows = _self_written(own, GeneralText("self", 2.0), None, None, 7, Doing(Console()))
+
+    assert asked == [(7, []), (8, rows.calibration)]
+    assert rows.remark.endswith("3 held out and not 5, as it went on writing the same")
+
+
 def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
     trained: Path, home: Path, tiny_backbone_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +201,7 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
         "self: 48 rows that the base model has written (0 conversations), 4 held out",
     ):
         assert said in shown
+    assert "and its metric, which the bound of 1 is on, by" in shown
     backbone = LlamaForCausalLM.from_pretrained(tiny_backbone_dir)
     assert PeftModel.from_pretrained(backbone, "out").peft_config["default"].r <= 5  # the run's
 
@@ -206,7 +228,8 @@ def test_only_what_was_written_before_is_replaced_and_comes_back_if_that_fails(
         asked("more")
 
     def save(folder: Path) -> None:
-        assert not folder.exists()
+        assert folder.name == "before"  # which the card says
+        assert Path("before/front.json").read_text() == "old"  # even if this process is killed now
         if full:
             raise OSError("no space")
         folder.mkdir()
@@ -261,6 +284,42 @@ def test_the_verdict_says_what_was_undone(before: float, after: float, said: str
 
 
 @pytest.mark.parametrize(
+    ("mine", "wanted", "moved"), [("cuda:0", "cuda", False), ("cuda:0", "cuda:1", True), ("cpu", "cuda", True)]
+)
+def test_a_backbone_is_moved_only_where_it_is_not(mine: str, wanted: str, moved: bool) -> None:
+    assert _is_on(torch.device(mine), torch.device(wanted)) is not moved
+
+
+def test_the_chosen_point_is_marked_whatever_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    def point(mu: float) -> FrontPoint:
+        change = Change(0.7, 0.01, (-0.001, 0.002))
+        return FrontPoint(
+            "retention", mu, change, Change(0.7, 0.0, (0.0, 0.0)), {"wiki": change}, None, {"of": math.nan}
+        )
+
+    front = [point(0.1), point(0.2)]
+    chosen = replace(front[1], predicted={"of": float("nan")})
+    print_front(console_for(), SimpleNamespace(front=front, chosen=chosen), ["wiki"])
+    shown = capsys.readouterr().out
+    assert "  retained, μ 0.1  0.7000 +0.0100 (-0.0010 … +0.0020)" in shown
+    assert "→ retained, μ 0.2" in shown
+
+
+def test_what_is_wrong_with_the_machine_is_said_before_anything_is_read(
+    retain: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(*args: Any) -> None:
+        raise AssertionError("this takes minutes")
+
+    monkeypatch.setattr("grit_lightning.cli.retain._task", read)
+    Path("file").touch()
+    for given in ("--device=gpu", "--output=file/out", "--general=a.txt:0"):
+        with pytest.raises(SystemExit):
+            retain("--mu=0.1", given)
+        assert given.partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--mu=0.1", "--forgetting=0"], "expected exactly one of --task_tolerance, --forgetting, --mu"),
@@ -269,6 +328,7 @@ def test_the_verdict_says_what_was_undone(before: float, after: float, said: str
             ["--mu=0.1", "--ckpt_path=a"],
             "expected exactly one of --adapter, --ckpt_path, got --adapter and --ckpt_path.",
         ),
+        (["--forgetting=nan"], "--forgetting: expected a finite number, got nan."),
         (["--mu=-1"], "--mu: expected a number of at least 0, got -1.0."),
         (["--mu=0.1", "--batch_size=0"], "--batch_size: expected a number of at least 1, got 0."),
         (["--mu=0.1", "--task_metric=rouge1"], "--task_metric: expected --task_tolerance"),
@@ -276,6 +336,16 @@ def test_the_verdict_says_what_was_undone(before: float, after: float, said: str
         (["--mu=0.1", "--compare=diagnal"], "Did you mean `diagonal`?"),
         (["--mu=0.1", "--output=taken"], "--output: expected a new or an empty folder"),
         (["--mu=0.1", "--adapter=nowhere"], "--adapter: expected a folder with adapter_config.json"),
+        (
+            ["--mu=0.1", "--adapter=owner/name"],
+            "--adapter: expected a folder, got owner/name, which does not exist. A hub id is not taken: download it first, "
+            "with `hf download owner/name --local-dir DIR`, and name that folder.",
+        ),
+        (["--mu=0.1", "--device=gpu"], "--device: expected a device that torch can compute on here, such as cpu,"),
+        (["--mu=0.1", "--device=cuda:99"], "cuda or cuda:0, got 'cuda:99'. torch says: "),
+        (["--mu=0.1", "--device=meta"], "cuda or cuda:0, got 'meta'. torch says: "),
+        (["--mu=0.1", "--general=a.txt:-1"], "--general a.txt:-1: expected a weight above 0"),
+        (["--mu=0.1", "--output=taken/file/out"], "--output: expected a folder that can be written, got"),
         (["--mu=0.1", "--adapter=ia3"], "--adapter: expected a plain LoRA, whose B can be edited by itself, got a IA3"),
         (["--mu=0.1", "--adapter=dora"], "got a DoRA"),
         (["--mu=0.1", "--adapter=broken"], "--adapter: expected JSON in broken/adapter_config.json"),

@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from grit_lightning.errors import InvalidValueError, MissingFileError
-from grit_lightning.forgetting.general_text import GeneralRows, GeneralText, read_general
+from grit_lightning.forgetting.general_source import GeneralText
+from grit_lightning.forgetting.general_text import GeneralRows, read_general
 
 EOS = 2
 
@@ -97,6 +98,17 @@ def test_a_text_file_is_divided_into_passages(tmp_path: Path, tiny_tokenizer: Pr
     assert not {text for text in numbers[0] if text.strip().isdigit()} & numbers[1]
 
 
+def test_a_folder_with_files_of_two_types_is_refused(texts: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "more.txt").write_text("some text\n" * 2000)
+    with pytest.raises(
+        InvalidValueError, match=r"expected files of one type in a folder, got \.jsonl, \.txt\. Give each"
+    ):
+        read(tiny_tokenizer, str(tmp_path))
+    Path(texts).rename(tmp_path / "_aside.jsonl")
+    (tmp_path / "more.md").write_text("some more\n" * 2000)
+    assert read(tiny_tokenizer, str(tmp_path))
+
+
 def test_a_folder_with_splits_gives_training_rows_to_calibrate_and_validation_rows_to_measure(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -140,20 +152,6 @@ def test_sources_of_the_same_name_are_told_apart(texts: str, tmp_path: Path, tin
     ]  # the task's rows have that name
 
 
-@pytest.mark.parametrize(
-    ("words", "source", "weight", "config"),
-    [
-        ("wiki.txt", "wiki.txt", 1.0, None),
-        ("wiki.txt:2", "wiki.txt", 2.0, None),
-        ("C:/wiki.txt", "C:/wiki.txt", 1.0, None),
-        ("allenai/c4/en:0.5", "allenai/c4", 0.5, "en"),
-        ("data/texts/wiki.txt", "data/texts/wiki.txt", 1.0, None),
-    ],
-)
-def test_what_stands_on_a_command_line(words: str, source: str, weight: float, config: str | None) -> None:
-    assert GeneralText.parse(words) == GeneralText(source, weight, hub_config=config)
-
-
 def test_a_table_on_the_hub_is_asked_for_with_its_configuration(
     monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -186,16 +184,24 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, tiny_tokenizer: PreTrain
     ):
         read(tiny_tokenizer, numbers)
     one = write(tmp_path / "one.jsonl", [{"text": "alone"}])
-    with pytest.raises(InvalidValueError, match="expected at least two documents"):
+    with pytest.raises(InvalidValueError, match=r"expected at least two documents, .*got 1\. Give"):
         read(tiny_tokenizer, one)
+    (tmp_path / "brief.txt").write_text("a" * 50)
+    with pytest.raises(
+        InvalidValueError, match=r"two documents, .*got 1 of 50 characters, and a passage has about 4,000"
+    ):
+        read(tiny_tokenizer, str(tmp_path / "brief.txt"))
     short = write(tmp_path / "short.jsonl", [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(InvalidValueError, match="expected a block of 16 tokens for calibration rows"):
+    with pytest.raises(InvalidValueError, match=r"16 tokens for calibration rows, got 2 tokens in 1 document\. Give"):
         read(tiny_tokenizer, short)
     same = write(tmp_path / "same.jsonl", [{"text": "a" * 30}] * 4)
-    with pytest.raises(InvalidValueError, match="expected a block of 16 tokens for held-out rows"):
+    nothing_new = "for held-out rows, got 0 tokens in 0 documents, beside 1 that are among the calibration rows"
+    with pytest.raises(InvalidValueError, match=nothing_new):
         read(tiny_tokenizer, same)
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 30, "completion": "b"}] * 4)
-    with pytest.raises(InvalidValueError, match="expected a conversation of at most 16 tokens"):
+    with pytest.raises(
+        InvalidValueError, match=r"a conversation of at most 16 tokens .*got 3 conversations that are none"
+    ):
         read(tiny_tokenizer, long)
 
 

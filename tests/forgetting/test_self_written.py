@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grit_lightning.datamodules.pipeline.chat_template import ChatTemplate
 from grit_lightning.datamodules.pipeline.text_tokens import TextTokens
@@ -149,6 +149,60 @@ def test_turns_end_where_the_model_ends_them(tiny_llama: Any, chatty: PreTrained
     )  # the answer's end is learnt, the message's is there
     assert row["learnt"] == [len(head) + 2 + len(behind), len(row["input_ids"])]
     assert row["input_ids"][-1] == 2
+
+
+def test_a_model_with_learned_positions_writes_within_its_context(
+    chatty: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=40))
+    generate = model.generate
+
+    def uneven(*args: Any, **options: Any) -> Any:
+        found, start = generate(*args, **options), options["input_ids"].shape[1]
+        if found.shape[1] < 40:  # the messages, one of which ends at once and one of which fills its room
+            found[0, start:], found[1, start:] = 2, 10
+        return found
+
+    monkeypatch.setattr(model, "generate", uneven)
+
+    rows = write_general(model, chatty, 4, block_size=40)
+
+    short, long = rows[2:]
+    assert short["learnt"][0] + 5 < long["learnt"][0]
+    assert all(row["learnt"][0] < len(row["input_ids"]) <= 40 for row in rows)
+
+
+def test_held_out_text_is_written_again_where_it_is_calibration_text(
+    tiny_llama: Any, chatty: PreTrainedTokenizerFast
+) -> None:
+    tiny_llama.lm_head = Always({2: 0.8, 10: 0.2})  # most messages and answers end at once
+    first = write_general(tiny_llama, chatty, 24, block_size=32, batch_size=4)
+    second = write_general(tiny_llama, chatty, 12, block_size=32, batch_size=4, seed=1)
+    known = {tuple(row["input_ids"]) for row in first}
+    assert any(tuple(row["input_ids"]) in known for row in second)
+    told: list[tuple[Any, ...]] = []
+
+    apart = write_general(
+        tiny_llama,
+        chatty,
+        12,
+        block_size=32,
+        batch_size=4,
+        seed=1,
+        apart_from=first,
+        progress=lambda *now: told.append(now),
+    )
+
+    assert not any(tuple(row["input_ids"]) in known for row in apart)
+    assert 6 < len(apart) <= 12
+    assert told[-1][1:] == (len(apart), len(apart))  # so that a bar comes to its end
+    tiny_llama.lm_head = Always({2: 1.0})
+    same = write_general(tiny_llama, chatty, 4, block_size=32)
+    with pytest.raises(
+        InvalidValueError, match=r"expected a model that writes more than the 2 rows .* nothing else in 8 rows"
+    ):
+        write_general(tiny_llama, chatty, 2, seed=1, block_size=32, apart_from=same)
 
 
 @pytest.mark.parametrize("name", CHAT_FAMILIES)

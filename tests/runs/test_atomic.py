@@ -16,7 +16,16 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from grit_lightning.runs.atomic import atomic_folder, point_to, require_free_folder, write_file, write_json, write_text
+from grit_lightning.runs.atomic import (
+    atomic_folder,
+    point_to,
+    replaced_folder,
+    require_free_folder,
+    require_writable,
+    write_file,
+    write_json,
+    write_text,
+)
 
 
 class CutOffError(Exception):
@@ -155,3 +164,62 @@ def test_a_folder_that_cannot_be_written_names_the_option() -> None:
         atomic_folder(Path("/proc/a/b")),
     ):
         shutil.copy(__file__, "/proc/a/b")
+
+
+def replace(folder: Path) -> None:
+    with replaced_folder(folder) as new:
+        assert (folder / "file").read_text() == "old"
+        new.mkdir()
+        (new / "file").write_text("new")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_folder_that_cannot_be_replaced_is_where_it_was(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename, calls = tmp_path / "out", os.rename, []
+    folder.mkdir()
+    (folder / "file").write_text("old")
+
+    def failing_once(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) == failing + 1:
+            raise OSError("busy")
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", failing_once)
+    with pytest.raises(OSError, match="busy"):
+        replace(folder)
+    assert (folder / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+    replace(folder)
+    assert (folder / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_was_there_is_kept_even_where_it_cannot_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename, calls = tmp_path / "out", os.rename, []
+    folder.mkdir()
+    (folder / "file").write_text("old")
+
+    def failing(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) > 1:
+            raise OSError("gone")
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="gone"):
+        replace(folder)
+
+    (kept,) = tmp_path.glob(".out.*.before/out/file")
+    assert kept.read_text() == "old"
+
+
+def test_whether_a_folder_could_be_made_is_known_without_making_it(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output: expected a folder that can be written, got .*file"):
+        require_writable(tmp_path / "file" / "out")
