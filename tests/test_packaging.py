@@ -109,7 +109,9 @@ def loaded(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return found
 
 
-def test_importing_the_installed_package_touches_nothing_outside_it(target: Path, loaded: dict[str, str | None]) -> None:
+def test_importing_the_installed_package_touches_nothing_outside_it(
+    target: Path, loaded: dict[str, str | None]
+) -> None:
     ours = {name: file for name, file in loaded.items() if name.partition(".")[0] == "grit_lightning"}
     assert {"grit_lightning.callbacks", "grit_lightning.datamodules", "grit_lightning.cli.program"} <= set(ours)
     assert all(file is not None and file.startswith(str(target)) for file in ours.values())
