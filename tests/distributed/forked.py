@@ -31,6 +31,7 @@ def run_program(*words: str, log: Path, environment: Mapping[str, str], patience
         environment: All its variables.
         patience: Seconds after which it is killed.
     """
+    log.write_text("", encoding="utf-8")
     with _environment(environment):  # of the process that imports, if this is the first program
         process = CONTEXT.Process(target=_run, args=(words, log, dict(environment)))
         process.start()
