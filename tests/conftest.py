@@ -13,14 +13,17 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import copy
+import functools
 import itertools
 import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,6 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_time_lost() -> Iterator[None]:
+    """Look for Lightning's plugins once, not for every Trainer, and load models of a few tensors in this thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(entry_points), raising=False)
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+        yield
 
 
 @pytest.fixture(autouse=True)

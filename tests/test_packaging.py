@@ -24,10 +24,18 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "grit_lightning", "callbacks", "datamodules", "configs")
 
-# Imports every module of the installed package, then reports where each came from.
+# Names what no import has named, then imports every module of the installed package, and reports where each came from.
 IMPORT_EVERYTHING = """
 import importlib, json, pkgutil, sys
 import grit_lightning
+assert {"callbacks", "datamodules", "functional", "geometry"} <= set(dir(grit_lightning))
+grit_lightning.callbacks  # an attribute without an import of its own, as are the others
+assert grit_lightning.functional.damped_inverse and grit_lightning.datamodules.TASKS
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch import Callback
+parser = LightningArgumentParser()
+parser.add_argument("--callback", type=Callback)
+assert parser.parse_args(["--callback=Reprojection"]).callback.class_path == "grit_lightning.callbacks.Reprojection"
 for module in pkgutil.walk_packages(grit_lightning.__path__, "grit_lightning."):
     importlib.import_module(module.name)
 print(json.dumps({name: getattr(module, "__file__", None) for name, module in sys.modules.items()}))
@@ -89,15 +97,34 @@ def test_the_wheel_names_its_licence_and_its_program(wheel: Path) -> None:
         assert "grit = grit_lightning.cli:main" in archive.read(files["entry_points.txt"]).decode()
 
 
-def test_importing_the_installed_package_touches_nothing_outside_it(target: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(target)}
-    loaded = json.loads(_run(sys.executable, "-c", IMPORT_EVERYTHING, cwd=tmp_path, env=environment).splitlines()[-1])
+@pytest.fixture(scope="module")
+def loaded(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """Every module by name, with its file, of a new process in which the subpackages are attributes of the package.
+
+    Their classes can be named there in any command line.
+    """
+    environment, folder = os.environ | {"PYTHONPATH": str(target)}, tmp_path_factory.mktemp("elsewhere")
+    said = _run(sys.executable, "-c", IMPORT_EVERYTHING, cwd=folder, env=environment)
+    found: dict[str, str | None] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def test_importing_the_installed_package_touches_nothing_outside_it(
+    target: Path, loaded: dict[str, str | None]
+) -> None:
     ours = {name: file for name, file in loaded.items() if name.partition(".")[0] == "grit_lightning"}
     assert {"grit_lightning.callbacks", "grit_lightning.datamodules", "grit_lightning.cli.program"} <= set(ours)
-    assert all(file.startswith(str(target)) for file in ours.values())
+    assert all(file is not None and file.startswith(str(target)) for file in ours.values())
     environment_root = Path(sys.prefix)  # `make` puts it inside the checkout
     outside = [Path(file) for file in loaded.values() if file and not Path(file).is_relative_to(environment_root)]
     assert not [file for file in outside if file.is_relative_to(ROOT)]
+
+
+def test_subpackages_are_attributes_and_their_classes_can_be_named_in_any_command_line(
+    loaded: dict[str, str | None],
+) -> None:
+    """What a new process says of itself before it imports everything."""
+    assert {"torch", "grit_lightning.callbacks", "grit_lightning.functional"} <= set(loaded)
 
 
 def test_the_checkout_imports_through_one_root_only() -> None:

@@ -90,6 +90,12 @@ class GritCLI(LightningCLI):
 
     # Parsing.
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the subcommand that is run, and not the others: to make the parser of each takes a while."""
+        name = self.words[0]
+        self._subcommand_parsers = {name: self._prepare_subcommand_parser(Trainer, name, **kwargs.get(name, {}))}
+        parser.add_subcommands().add_subcommand(name, self._subcommand_parsers[name])
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build a parser whose `--config` knows the shipped configurations."""
         parser = self.parser_class(**kwargs)

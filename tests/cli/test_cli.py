@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import re
 import runpy
@@ -29,13 +32,13 @@ COPIED = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # `traine
 FOLDER_REUSED = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-def adapter_weights(folder: str) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
     return weights
 
 
-def same_weights(first: str, second: str) -> bool:
+def same_weights(first: Path, second: Path) -> bool:
     one, other = adapter_weights(first), adapter_weights(second)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -60,80 +63,107 @@ def build_only(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> GritCLI:
     return GritCLI(words)
 
 
+# Settings of several tests each: everything is built once, and nothing is run.
+IN_A_TERMINAL = ("fit", "--trainer.enable_progress_bar=true")
+CONFIGURED = (
+    *("fit", "--config=ablations/no_kfac", "--seed_everything=7"),
+    *("--trainer.callbacks+=StepTimer", "--trainer.enable_progress_bar=true"),
+)
+ELSEWHERE = ("fit", "--trainer.default_root_dir=elsewhere", "--tokenizer=other")
+ANOTHER_RUN = ("test", "--data.tokenizer=other")
+Built = Callable[..., GritCLI]
+
+
+@pytest.fixture(scope="module")
+def built(tiny: list[str]) -> Built:
+    """`built("fit", "--seed_everything=7")`: the demo on the tiny model, up to its run; once for the same words."""
+
+    @functools.cache
+    def build(subcommand: str, *words: str, terminal: bool = False) -> GritCLI:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: terminal)
+            made = build_only(patch, [subcommand, "--config=demo", *tiny, *words])
+        assert [path for path in Path().iterdir() if path.name != "cache"] == []  # no folder before it is needed
+        return made
+
+    return build
+
+
 # One run, one folder.
 
 
-def test_a_run_writes_everything_into_its_folder(
-    grit: Grit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    grit("fit", "--output=runs/a")
-    names = {path.name for path in Path("runs/a").iterdir()}
+@pytest.fixture(scope="module")
+def whole(grit: Grit, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run, alone in a working folder of its own, and what the run has printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        words = ("--model.optimizer.lr=0.01", "--model.adapter.lora_dropout=0.1", "--trainer.callbacks+=SpectraLogger")
+        grit("fit", "--output=runs/a", *words)
+        return Path("runs/a").absolute(), shown.getvalue()
+
+
+def test_a_run_writes_everything_into_its_folder(whole: tuple[Path, str]) -> None:
+    folder, shown = whole
+    names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert Path("runs/a/checkpoints/last.ckpt").is_file()
-    assert {path.name for path in tmp_path.iterdir()} <= {"runs", "cache"}
-    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert {path.name for path in folder.parents[1].iterdir()} <= {"runs", "cache"}
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
     metrics = summary["metrics"]
     assert {"val/accuracy", "val/loss"} <= set(metrics["before"]) & set(metrics["after"])
     assert set(metrics["before"]) - set(metrics["majority"]) == {"val/loss"}
-    shown = capsys.readouterr().out
     scores = [f"{metrics[column]['val/f1']:.4f}" for column in ("before", "after", "majority")]
     assert re.search(r"before .* after .* always “negative”", shown)
     assert re.search("val/f1 .* " + " .* ".join(scores), shown)
 
 
-def test_config_yaml_repeats_the_run_bit_for_bit(grit: Grit) -> None:
-    grit("fit", "--output=a", "--model.optimizer.lr=0.01", "--trainer.callbacks+=SpectraLogger")
-    main(["fit", "--config=a/config.yaml", "--output=b"])
-    assert same_weights("a", "b")
-    first, second = (yaml.safe_load(Path(folder, "config.yaml").read_text()) for folder in "ab")
+def test_config_yaml_repeats_the_run_bit_for_bit(whole: tuple[Path, str]) -> None:
+    one = whole[0]
+    main(["fit", f"--config={one / 'config.yaml'}", "--output=b"])
+    assert same_weights(one, Path("b"))
+    first, second = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (one, Path("b")))
     assert first | {"output": "b"} == second
+    assert first["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
 
 
-def test_evaluating_before_training_does_not_change_the_training(grit: Grit) -> None:
-    grit("fit", "--output=a", "--evaluate_before_fit=true", "--model.adapter.lora_dropout=0.1")
-    grit("fit", "--output=b", "--evaluate_before_fit=false", "--model.adapter.lora_dropout=0.1")
-    before = [json.loads(Path(folder, "summary.json").read_text())["metrics"]["before"] for folder in "ab"]
+def test_evaluating_before_training_does_not_change_the_training(whole: tuple[Path, str]) -> None:
+    one, other = whole[0], Path("b")
+    main(["fit", f"--config={one / 'config.yaml'}", "--output=b", "--evaluate_before_fit=false"])
+    before = [json.loads((folder / "summary.json").read_text())["metrics"]["before"] for folder in (one, other)]
     assert before[0]
     assert not before[1]
-    assert same_weights("a", "b")
+    assert same_weights(one, other)
 
 
-@pytest.mark.parametrize("words", [(), ("--trainer.callbacks+=StepTimer",)], ids=["added", "configured"])
-def test_every_run_is_timed_by_one_timer(
-    monkeypatch: pytest.MonkeyPatch, tiny: list[str], words: tuple[str, ...]
-) -> None:
-    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, *words])
-    (timer,) = (callback for callback in built.trainer.callbacks if isinstance(callback, StepTimer))
-    assert timer.every_n_steps == (50 if words else None)  # one that nobody has configured logs nothing
+@pytest.mark.parametrize(("words", "every"), [(ANOTHER_RUN, None), (CONFIGURED, 50)], ids=["added", "configured"])
+def test_every_run_is_timed_by_one_timer(built: Built, words: tuple[str, ...], every: int | None) -> None:
+    (timer,) = (callback for callback in built(*words).trainer.callbacks if isinstance(callback, StepTimer))
+    assert timer.every_n_steps == every  # one that nobody has configured logs nothing
 
 
-@pytest.mark.parametrize(("terminal", "kind"), [(True, GeometryProgressBar), (False, ProgressLines)])
+@pytest.mark.parametrize(("words", "kind"), [(IN_A_TERMINAL, GeometryProgressBar), (CONFIGURED, ProgressLines)])
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, tiny: list[str], terminal: bool, kind: type[ProgressBar]
+    built: Built, words: tuple[str, ...], kind: type[ProgressBar]
 ) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, "--trainer.enable_progress_bar=true"])
-    assert [type(callback) for callback in built.trainer.callbacks if isinstance(callback, ProgressBar)] == [kind]
+    callbacks = built(*words, terminal=words == IN_A_TERMINAL).trainer.callbacks
+    assert [type(callback) for callback in callbacks if isinstance(callback, ProgressBar)] == [kind]
 
 
 @pytest.mark.parametrize(
     ("words", "folder"),
     [
-        (("fit",), "runs/demo-seed42"),
-        (("fit", "--seed_everything=7", "--config=ablations/no_kfac"), "runs/demo+no_kfac-seed7"),
-        (("fit", "--trainer.default_root_dir=elsewhere"), "elsewhere"),
-        (("test",), "runs/demo-seed42-test"),
+        (IN_A_TERMINAL, "runs/demo-seed42"),
+        (CONFIGURED, "runs/demo+no_kfac-seed7"),
+        (ELSEWHERE, "elsewhere"),
+        (ANOTHER_RUN, "runs/demo-seed42-test"),
     ],
 )
-def test_the_folder_is_named_after_configs_and_seed(
-    monkeypatch: pytest.MonkeyPatch, tiny: list[str], words: tuple[str, ...], folder: str
-) -> None:
-    built = build_only(monkeypatch, [words[0], "--config=demo", *tiny, *words[1:]])
-    assert built.folder == Path(folder)
-    assert Path(built.trainer.default_root_dir) == Path(folder)
-    assert not Path(folder).exists()
+def test_the_folder_is_named_after_configs_and_seed(built: Built, words: tuple[str, ...], folder: str) -> None:
+    run = built(*words, terminal=words == IN_A_TERMINAL)
+    assert run.folder == Path(folder)
+    assert Path(run.trainer.default_root_dir) == Path(folder)
 
 
 @pytest.mark.usefixtures("trained")
@@ -247,22 +277,17 @@ def test_overlays_append_and_leave_out_callbacks(
     assert not {"SpectraLogger", "Reprojection", "RankAdaptation"} & kept
 
 
-def test_backbone_and_seed_are_named_once(
-    monkeypatch: pytest.MonkeyPatch, tiny: list[str], tiny_backbone_dir: Path
-) -> None:
-    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, "--seed_everything=9"])
-    assert built.datamodule._tokenizer == built.model.hparams["backbone"] == str(tiny_backbone_dir)
-    assert built.datamodule.seed == 9
+def test_backbone_and_seed_are_named_once(built: Built, tiny_backbone_dir: Path) -> None:
+    run = built(*CONFIGURED)
+    assert run.datamodule._tokenizer == run.model.hparams["backbone"] == str(tiny_backbone_dir)
+    assert run.datamodule.seed == 7
 
 
-@pytest.mark.parametrize("option", ["--tokenizer", "--data.tokenizer"])
-def test_the_tokenizer_can_be_another(
-    monkeypatch: pytest.MonkeyPatch, tiny: list[str], tiny_backbone_dir: Path, option: str
-) -> None:
-    other = shutil.copytree(tiny_backbone_dir, "other")
-    built = build_only(monkeypatch, ["fit", "--config=demo", *tiny, f"{option}={other}"])
-    assert built.datamodule._tokenizer == str(other)
-    assert yaml.safe_load(built.settings_as_yaml)["tokenizer"] == str(other)
+@pytest.mark.parametrize("words", [ELSEWHERE, ANOTHER_RUN], ids=["--tokenizer", "--data.tokenizer"])
+def test_the_tokenizer_can_be_another(built: Built, words: tuple[str, ...]) -> None:
+    run = built(*words)
+    assert run.datamodule._tokenizer == "other"
+    assert yaml.safe_load(run.settings_as_yaml)["tokenizer"] == "other"
 
 
 @pytest.mark.usefixtures("trained")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from lightning.fabric.utilities import registry
 
 from . import page
 from .cases import Case
@@ -25,15 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-compatibility", action="store_true", help="write docs/compatibility.md instead of comparing with it"
     )
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _no_time_lost() -> Iterator[None]:
-    """Look for Lightning's plugins once, not for every Trainer, and load models of a few tensors in this thread."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "entry_points", cache(entry_points), raising=False)
-        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +42,15 @@ def worker() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def forked() -> Iterator[ModuleType]:
+    """Starts programs with the imports done, in processes that have to find the module too."""
+    sys.path.insert(0, str(HERE))
+    yield importlib.import_module("forked")
+    sys.path.remove(str(HERE))
+
+
+@pytest.fixture(scope="session")
+def results(worker: ModuleType, forked: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folder with what both processes have found; `found` reads it. Workers of pytest-xdist share one launch."""
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     out = tmp_path_factory.getbasetemp().parent / "processes" if parallel else tmp_path_factory.mktemp("processes")
@@ -51,21 +58,25 @@ def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ite
     torch.set_num_threads(1)
     with FileLock(out.with_suffix(".lock")), contextlib.redirect_stderr(io.StringIO()):
         if not (out / "launch.log").exists():
-            _launch(worker, out)
+            _launch(worker, forked, out)
     yield out
     torch.set_num_threads(threads)
     for name in set(os.environ) - set(before):
         del os.environ[name]
 
 
-def _launch(worker: ModuleType, out: Path) -> None:
+def _launch(worker: ModuleType, forked: ModuleType, out: Path) -> None:
     """Run all cases; what goes wrong is told by the tests of the case in which it did."""
     backbone = worker.runs.write_backbone(out / "backbone")
     worker.runs.write_backbone(out / "tied", tie_word_embeddings=True)
     worker.in_step.run_case("one-1", lambda: worker.saved_and_resumed("one", backbone, out / "one-1", 1), out)
-    try:
-        said = worker.runs.launch(1, HERE / "worker.py", str(out))  # which forks the two
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:  # the program forks the two
+        code, said = forked.run_program(
+            str(HERE / "worker.py"), str(out), log=out / "said", environment=environment, patience=600
+        )
+        said = f"It ended with exit code {code}.\n{said}"
+    except TimeoutError as error:
         said = str(error)
     (out / "launch.log").write_text(said, encoding="utf-8")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -50,29 +52,31 @@ def callback(name: str, **settings: int) -> list[str]:
     return [f"--trainer.callbacks+={json.dumps({'class_path': f'dies.{name}', 'init_args': settings})}"]
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Start a program of two processes; fails if it hangs."""
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(forked: ModuleType, tmp_path: Path) -> Run:
+    """Runs a program of two processes, of which it starts the second; fails if it hangs."""
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment
-    )
+    return partial(forked.run_program, log=tmp_path / "said", environment=environment, patience=PATIENCE)
 
 
-def test_a_run_survives_a_killed_process_and_a_failing_one(words: list[str], tmp_path: Path) -> None:
+def test_a_run_survives_a_killed_process_and_a_failing_one(run: Run, words: list[str], tmp_path: Path) -> None:
     folder, program = tmp_path / "run", str(ROOT / "train.py")
     last = folder / "checkpoints" / "last.ckpt"
     fit = ["fit", "--config=demo", f"--output={folder}", *words]
 
     killed = run(program, *fit[:2], *OVERLAYS["ddp"], *fit[2:], "--trainer.devices=2", *dying(1, 3, killed=True))
-    assert killed.returncode != 0
+    assert killed.code != 0
     assert read_checkpoint(last)["global_step"] == 2
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     resume = [f"--ckpt_path={last}", "--trainer.devices=2"]
     failed = run(*torchrun, program, *fit[:2], *OVERLAYS["fsdp"], *fit[2:], *resume, *dying(1, 5, killed=False))
-    assert failed.returncode != 0
-    assert "RuntimeError: rank 1 has had enough" in failed.stderr
+    assert failed.code != 0
+    assert "RuntimeError: rank 1 has had enough" in failed.said
     assert read_checkpoint(last)["global_step"] == 4
 
     before = dict(os.environ)
@@ -85,14 +89,14 @@ def test_a_run_survives_a_killed_process_and_a_failing_one(words: list[str], tmp
     assert [step for step in range(6) if step not in steps] == []
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(words: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(run: Run, words: list[str], tmp_path: Path) -> None:
     """It goes to the process that does not write, from which only the reduction can carry it to the other."""
     folder, program = tmp_path / "run", str(ROOT / "train.py")
     last = folder / "checkpoints" / "last.ckpt"
     fit = ["fit", "--config=demo", *OVERLAYS["ddp"], f"--output={folder}", *words, "--trainer.devices=2"]
     stopped = run(program, *fit, *callback("SignalledAt", rank=1, step=3, signum=signal.SIGTERM))
-    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.code == 143, stopped.said
     assert read_checkpoint(last)["global_step"] == 3  # the middle of the second epoch
-    assert f"Stopped by SIGTERM after optimizer step 3. It is saved in {last}." in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    assert f"Stopped by SIGTERM after optimizer step 3. It is saved in {last}." in stopped.said
+    assert "Traceback" not in stopped.said
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
