@@ -58,10 +58,10 @@ def require_rows(rows: Rows, what: str, *, vocabulary: int, context: int | None,
         what: What they are, for the message: `general_rows of wikitext`.
         vocabulary: Number of tokens that the model knows.
         context: The most tokens that it reads at once, None for no limit.
-        least_tokens: How many tokens are to be predicted at least, over all rows.
+        least_tokens: How many tokens there have to be at least, over all rows.
 
     Raises:
-        ValueError: If there are no rows, one is too long or predicts nothing, an id is not one of the model's, or they predict
+        ValueError: If there are no rows, one is too long or predicts nothing, an id is not one of the model's, or they hold
             too few tokens.
     """
     if not len(rows):
@@ -84,10 +84,10 @@ def require_rows(rows: Rows, what: str, *, vocabulary: int, context: int | None,
             f"{smallest if smallest < 0 else largest}. Encode them "
             "with the tokenizer of the adapter's backbone."
         )
-    tokens = sum(counts)
+    tokens = sum(len(row["input_ids"]) for row in rows)
     if tokens < least_tokens:
         raise InvalidValueError(
-            f"{what}: expected at least {least_tokens} tokens to predict, got {tokens} in {len(rows)} rows. Give more rows."
+            f"{what}: expected at least {least_tokens} tokens, got {tokens} in {len(rows)} rows. Give more rows."
         )
 
 

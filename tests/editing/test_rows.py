@@ -30,7 +30,7 @@ def test_rows_that_a_model_cannot_read_are_refused() -> None:
     for limits, message in (
         ({"vocabulary": 7, "context": 3}, "token ids below 7.*got 7"),
         ({"vocabulary": 8, "context": 2}, "at most 2 tokens a row.*got 3"),
-        ({"vocabulary": 8, "context": None, "least_tokens": 3}, "at least 3 tokens to predict, got 2 in 1 rows"),
+        ({"vocabulary": 8, "context": None, "least_tokens": 4}, "at least 4 tokens, got 3 in 1 rows"),
     ):
         with pytest.raises(ValueError, match=message):
             require_rows([row], "rows", **limits)  # type: ignore[arg-type]
