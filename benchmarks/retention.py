@@ -557,7 +557,8 @@ def run_report(args: argparse.Namespace) -> None:
             print(report.peer_table(members, groups), "\n")
     if (here / "retention_sensitivity.jsonl").exists():
         print(report.sensitivity_table(report.read(here / "retention_sensitivity.jsonl")))
-    report.draw(groups, here.parent / "docs" / "assets" / "retention.png")
+    shown = {recipe: members for recipe, members in groups.items() if recipe != MAIN[-1].name}
+    report.draw(shown, here.parent / "docs" / "assets" / "retention.png")
 
 
 def main() -> None:

@@ -354,7 +354,7 @@ def test_what_is_wrong_with_the_machine_is_said_before_anything_is_read(
         (["--mu=0.1", "--block_size=200"], "--block_size: expected at most the 128 tokens"),
         (
             ["--mu=0.1", "--calibration_blocks=1"],
-            "general_rows of wiki: expected at least 40 tokens to predict, got 31",
+            "general_rows of wiki: expected at least 40 tokens, got 32",
         ),
         (["--mu=0.1", "--tokenizer=large"], "expected token ids below 320, the model's vocabulary, got"),
         (["--task_tolerance=0"], "task_tolerance: expected a bound that some strength keeps, got 0"),
