@@ -79,7 +79,10 @@ def test_a_task_is_trained_and_tested_by_its_metrics(
     words = ["--config", task, *on_task(task), *short]
     main(["fit", *words])
     assert "Run finished" in capsys.readouterr().out
-    here = ["--ckpt_path=run/checkpoints/last.ckpt", "--model.generation.bertscore_encoder=null"]  # no hub
+    here = [
+        "--ckpt_path=run/checkpoints/last.ckpt",
+        "--model.generation={max_new_tokens: 4, bertscore_encoder: null}",
+    ]  # no hub
     main(["test", *words, *here])
     metrics = json.loads(Path("run/summary.json").read_text())["metrics"]["after"]
     assert {f"test/{name}" for name in (*CASES[task].measured, "loss")} <= metrics.keys()

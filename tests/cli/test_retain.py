@@ -189,19 +189,17 @@ def test_a_run_of_ours_is_retained_from_its_last_checkpoint(
     rows = [{"text": f"It is {n}.", "label": n % 2} for n in range(100, 140)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    words = ["--data.source=rows.jsonl", "--data.holdout=0.25", "--held_out_rows=4", "--task_metric=accuracy"]
+    words = ["--data.source=rows.jsonl", "--data.holdout=0.25", "--held_out_rows=4"]
     general = [f"--general={home / 'wiki.jsonl'}", "--general=self", "--block_size=32", "--held_out_blocks=4"]
     last = ["--ckpt_path=last", f"--config={trained / 'config.yaml'}"]
-    main(["retain", *last, *words, *general, "--task_tolerance=1", "--output=out"])
+    main(["retain", *last, *words, *general, "--mu=0.1", "--output=out"])
 
     shown = capsys.readouterr().out
     for said in (
-        "metric",
         "mean, above base",
         "self: 48 rows that the base model has written (0 conversations), 4 held out",
     ):
         assert said in shown
-    assert "and its metric, which the bound of 1 is on, by" in shown
     backbone = LlamaForCausalLM.from_pretrained(tiny_backbone_dir)
     assert PeftModel.from_pretrained(backbone, "out").peft_config["default"].r <= 5  # the run's
 
@@ -357,7 +355,7 @@ def test_what_is_wrong_with_the_machine_is_said_before_anything_is_read(
             "general_rows of wiki: expected at least 40 tokens, got 32",
         ),
         (["--mu=0.1", "--tokenizer=large"], "expected token ids below 320, the model's vocabulary, got"),
-        (["--task_tolerance=0"], "task_tolerance: expected a bound that some strength keeps, got 0"),
+        (["--task_tolerance=1000"], "task_tolerance: expected less than what the adapter has learnt"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence_and_nothing_is_written(
