@@ -392,3 +392,18 @@ def test_what_cannot_be_is_said_in_one_sentence_and_nothing_is_written(
     assert said in error.splitlines()[-1 if "lists the" not in error.splitlines()[-1] else -2]
     assert "Traceback" not in error
     assert {path for path in Path().rglob("*") if "cache" not in path.parts} == before
+
+
+def test_the_verdict_says_what_the_bound_is_on() -> None:
+    from grit_lightning.cli.retain_text import verdict
+    from grit_lightning.editing import Change, FrontPoint, Target
+
+    def point(method: str, mu: float, metric: float, forgotten: float) -> FrontPoint:
+        loss, general = Change(1.0, 0.1, None), Change(2.0, forgotten, None)
+        return FrontPoint(method, mu, loss, general, {}, Change(0.8, metric, None))
+
+    chosen, target = point("retention", 0.2, -0.01, 0.05), Target("task_tolerance", 0.02)
+    front = [point("unedited", 0.0, 0.0, 0.2), point("backbone", float("inf"), -0.3, 0.0), chosen]
+    said = verdict(SimpleNamespace(chosen=chosen, front=front, target=target))  # type: ignore[arg-type]
+    assert "undoes 75% of what was forgotten (+0.2000 → +0.0500" in said
+    assert "metric, which the bound of 0.02 is on, by -0.0100" in said
