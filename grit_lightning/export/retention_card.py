@@ -34,10 +34,12 @@ def retention_card(result: RetentionResult, name: str) -> str:
         *((f"{peer}, {aim}", point) for peer, point in result.peers.items() if point is not None),
     ]
     failed = [peer for peer, point in result.peers.items() if point is None]
+    known = f"`{notes['backbone']}`" if notes["backbone"] else "a model without a name"
+    origin = f"`{notes['adapter']}`" if "/" in notes["adapter"] else notes["adapter"]
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(notes), sort_keys=True).strip()}\n---",
         f"# {name}",
-        f"A LoRA adapter in PEFT's format: `{notes['adapter']}`, trained on `{notes['backbone']}`, edited so that it "
+        f"A LoRA adapter in PEFT's format: {origin}, trained on {known}, edited so that it "
         f"keeps what its backbone knew (GRIT, retention by two Fishers; method `{notes['method']}`). Asked for: {asked}.",
         f"```python\n{load_adapter_code(_source(notes['backbone']), name, notes['revision'])}\n```",
         "## Measured on held-out rows",
@@ -69,6 +71,8 @@ def _front_matter(notes: Any) -> dict[str, Any]:
 
 
 def _source(backbone: str) -> BackboneSource:
+    if not backbone:
+        return BackboneSource("folder", "path/to/its/backbone")  # a model in memory without a name
     try:
         return resolve_source(backbone)
     except (OSError, ImportError, ValueError):

@@ -337,3 +337,10 @@ def test_a_loss_that_is_not_finite_is_named(retain: Retain, adapted: PeftModel, 
         FloatingPointError, match=r"unedited adapter, loss on general: expected finite numbers.* in row 12"
     ):
         retain(adapted, held_out_general={"general": [*general_rows(12, 8), broken]})
+
+
+def test_the_card_of_a_model_without_a_name_can_be_read(retain: Retain, adapted: PeftModel, tmp_path: Path) -> None:
+    adapted.active_peft_config.base_model_name_or_path = None
+    card = (retain(adapted).save(tmp_path / "out") / "README.md").read_text()
+    assert "a model in memory, trained on a model without a name" in card
+    assert "from_pretrained('path/to/its/backbone')" in card
