@@ -174,8 +174,7 @@ class Front:
 
         bisect_log(keeps, FIRST_STRENGTH if rises else 1.0 / FIRST_STRENGTH, evaluations)
         kept = [point for point in self.of(method) if point.within(target)]
-        best: Callable[[FrontPoint], float] = lambda p: p.general.change if rises else p.task.change  # noqa: E731
-        return min(kept, key=best, default=None)
+        return min(kept, key=lambda point: (point.general if rises else point.task).change, default=None)
 
     def of(self, method: str) -> Sequence[FrontPoint]:
         """Return the measured edits of a method, by strength."""

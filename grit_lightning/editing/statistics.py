@@ -70,21 +70,16 @@ class AdapterStatistics:
             parts: Statistics of the same adapter.
             weights: Positive weights; only their ratios matter.
         """
-        total = sum(weights)
-        pairs = [(weight / total, part) for weight, part in zip(weights, parts, strict=True)]
-
-        def mean(read: Callable[[AdapterStatistics], Tensor], *, per_predicted: bool = False) -> Tensor:
-            factors = [share * (part.per_predicted if per_predicted else 1.0) for share, part in pairs]
-            return torch.stack([factor * read(part) for factor, (_, part) in zip(factors, pairs, strict=True)]).sum(0)
-
+        shares = [weight / sum(weights) for weight in weights]
+        per_label = [share * part.per_predicted for share, part in zip(shares, parts, strict=True)]
         groups = tuple(
             GroupStatistics(
-                group.names,
-                mean(lambda part, i=i: part.groups[i].a_cov),  # type: ignore[misc]  # a default binds the loop's i
-                mean(lambda part, i=i: part.groups[i].g_cov, per_predicted=True),  # type: ignore[misc]
-                mean(lambda part, i=i: part.groups[i].cross, per_predicted=True),  # type: ignore[misc]
+                same[0].names,
+                _weighted_sum([group.a_cov for group in same], shares),
+                _weighted_sum([group.g_cov for group in same], per_label),
+                _weighted_sum([group.cross for group in same], per_label),
             )
-            for i, group in enumerate(parts[0].groups)
+            for same in zip(*(part.groups for part in parts), strict=True)
         )
         predicted = sum(part.predicted for part in parts)
         return cls(groups, predicted, predicted)
@@ -162,18 +157,27 @@ def _stream(
     return AdapterStatistics(groups, tokens, predicted)
 
 
+def _weighted_sum(matrices: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    return torch.stack([factor * matrix for factor, matrix in zip(factors, matrices, strict=True)]).sum(dim=0)
+
+
 def _require_heard(geometry: RankSpaceGeometry, name: str) -> None:
     """Check that every layer has sent statistics.
 
     Raises:
         ValueError: If one has not.
     """
-    silent = [view.name for view in geometry if int(view.group.counts.capture_counts[view.index]) == 0]
+    silent = [
+        site.name
+        for group in geometry.groups
+        for site, count in zip(group.sites, group.counts.capture_counts.tolist(), strict=True)
+        if count == 0
+    ]
     if silent:
         raise InvalidValueError(
             f"{name}: expected layers that all take part in the model's forward pass through lora_A, got {len(silent)} of "
-            f"{len(geometry.layers)} that do not, first {silent[0]}. Their update "
-            "cannot be edited: leave them out of the adapter."
+            f"{len(geometry.layers)} that do not, first {silent[0]}. Their "
+            "update cannot be edited: leave them out of the adapter."
         )
 
 
